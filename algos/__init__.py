@@ -1,0 +1,1 @@
+"""One file per method; each runs alone: `python algos/ooo_iql.py --help`."""

@@ -1,0 +1,1 @@
+"""What crosses the border of the device: datasets in, run records out."""
