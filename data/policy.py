@@ -1,0 +1,216 @@
+"""Policies as plain numpy files: one `.npz` holds an MLP that any program can run, without JAX and without pickle.
+
+The keys of a file, all arrays float32; `D` observations, `A` actions:
+
+========================================  ====================================================================
+obs_mean, obs_std, obs_clip               input = clip((obs - obs_mean) / obs_std, -obs_clip, obs_clip)
+num_layers, w0, b0, w1, b1 ...            dense layers h @ w + b, `w` being [in, out]
+hidden_activation                         relu, tanh or none, after every layer but the last, which gives u [A]
+log_std                                   optional [A]: standard deviation of the action's noise, or instead
+wS, bS, log_std_min, log_std_max          the same from the last hidden layer, clipped to these bounds
+output_activation                         tanh: tanh(u + noise); clip: u + noise; tanh_mean: tanh(u) + noise (IQL)
+action_low, action_high                   bounds; the last two are clipped to them
+anything else                             strings that say where the policy is from
+========================================  ====================================================================
+
+    python data/policy.py --policy policy.npz --env-id AdroitHandDoor-v1 --episodes 10
+"""
+
+import os
+import pathlib
+import sys
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+
+Policy = dict[str, np.ndarray]
+
+ACTIVATIONS = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "none": lambda x: x}
+OUTPUTS = ("tanh", "clip", "tanh_mean")
+REQUIRED = ("obs_mean", "obs_std", "obs_clip", "num_layers", "hidden_activation", "output_activation", "action_low", "action_high")
+NOISE_HEAD = ("wS", "bS", "log_std_min", "log_std_max")
+NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, "log_std", "file", "allow_pickle"}  # the last two mean something to numpy.savez
+
+
+def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Actions [..., A] of a loaded `policy` for observations [..., D]: the mean, or with `rng` a sample."""
+    if np.shape(obs)[-1:] != (len(policy["w0"]),):
+        raise ValueError(f"the policy takes observations [..., {len(policy['w0'])}], not {np.shape(obs)}")
+    h = np.clip((obs - policy["obs_mean"]) / policy["obs_std"], -policy["obs_clip"], policy["obs_clip"])
+    last = int(policy["num_layers"]) - 1
+    for i in range(last):
+        h = ACTIVATIONS[str(policy["hidden_activation"])](h @ policy[f"w{i}"] + policy[f"b{i}"])
+    output = str(policy["output_activation"])
+    u = h @ policy[f"w{last}"] + policy[f"b{last}"]
+    u = np.tanh(u) if output == "tanh_mean" else u
+    u = u if rng is None else u + np.exp(_log_std(policy, h)) * rng.standard_normal(u.shape)
+    return np.tanh(u) if output == "tanh" else np.clip(u, policy["action_low"], policy["action_high"])
+
+
+def _log_std(policy: Policy, hidden: np.ndarray) -> np.ndarray:
+    if "log_std" in policy:
+        return policy["log_std"]
+    if "wS" not in policy:
+        raise ValueError("this policy has no standard deviation to sample with; act without rng")
+    return np.clip(hidden @ policy["wS"] + policy["bS"], policy["log_std_min"], policy["log_std_max"])
+
+
+def save(
+    path: str | os.PathLike,
+    layers: list[tuple[np.ndarray, np.ndarray]],
+    *,
+    log_std: np.ndarray | None = None,
+    hidden_activation: str = "relu",
+    output: str = "tanh",
+    obs_mean: np.ndarray | float = 0.0,
+    obs_std: np.ndarray | float = 1.0,
+    obs_clip: float = np.inf,
+    **provenance: str,
+) -> None:
+    """Writes a policy with actions in [-1, 1] to `path`, whole or not at all.
+
+    `layers` are pairs (w [in, out], b [out]), `log_std` is [A], the mean and standard deviation of observations are [D]
+    or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would refuse is a ValueError.
+    """
+    for name in NOT_PROVENANCE & set(provenance):
+        raise ValueError(f"a policy's provenance cannot be called {name!r}: that name has a meaning of its own")
+    sizes = [np.shape(layers[0][0])[0], np.shape(layers[-1][1])[0]] if layers else [0, 0]
+    numbers = {
+        "obs_mean": np.broadcast_to(obs_mean, sizes[0]),
+        "obs_std": np.broadcast_to(obs_std, sizes[0]),
+        "obs_clip": [obs_clip],
+        **{f"{name}{i}": array for i, layer in enumerate(layers) for name, array in zip("wb", layer)},
+        **({} if log_std is None else {"log_std": log_std}),
+        "action_low": -np.ones(sizes[1]),
+        "action_high": np.ones(sizes[1]),
+    }
+    policy = {name: np.asarray(array, np.float32) for name, array in numbers.items()}
+    policy["num_layers"] = np.int32(len(layers))
+    words = {"hidden_activation": hidden_activation, "output_activation": output, **provenance}
+    policy |= {name: np.asarray(str(word)) for name, word in words.items()}
+    path = pathlib.Path(path)
+    _check(policy, path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **policy)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike) -> Policy:
+    """The policy in file `path`, as `act` takes it. A file that is not such a policy is a ValueError that says why."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            policy = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        # A pickle, a lone array (.npy), a torn archive: numpy has another exception for each.
+        raise ValueError(f"{path}: not an .npz file of plain arrays ({type(error).__name__})") from error
+    _check(policy, path)
+    return policy
+
+
+def _check(policy: Policy, path: str | os.PathLike) -> None:
+    """Raises the ValueError that `load` and `save` promise."""
+    missing = [name for name in REQUIRED if name not in policy]
+    if missing:
+        raise ValueError(f"{path}: not a policy file, the keys {', '.join(missing)} are missing")
+    for name, known in (("hidden_activation", tuple(ACTIVATIONS)), ("output_activation", OUTPUTS)):
+        if str(policy[name]) not in known:
+            raise ValueError(f"{path}: {name} is {str(policy[name])!r}, not one of {', '.join(known)}")
+    if policy["num_layers"].shape or policy["num_layers"].dtype.kind not in "iu" or policy["num_layers"] < 1:
+        raise ValueError(f"{path}: num_layers must be a whole number, at least 1, not {policy['num_layers']}")
+    for name, shapes in _shapes(policy, path).items():
+        array = policy[name]
+        if array.dtype.kind != "f" or array.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{path}: {name} must be floating-point {wanted}, not {array.dtype} {array.shape}")
+        if not (np.isfinite(array) | ((name == "obs_clip") & (array == np.inf))).all():
+            raise ValueError(f"{path}: {name} is not finite")
+    for name in ("obs_std", "obs_clip"):
+        if (policy[name] <= 0).any():
+            raise ValueError(f"{path}: {name} must be positive")
+    if (policy["action_low"] >= policy["action_high"]).any():
+        raise ValueError(f"{path}: action_low must be below action_high")
+
+
+def _shapes(policy: Policy, path: str | os.PathLike) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each array of numbers may have, going from the widths of the weights."""
+    last = int(policy["num_layers"]) - 1
+    weights = [f"w{i}" for i in range(last + 1)]
+    names = weights + [f"b{i}" for i in range(last + 1)] + (list(NOISE_HEAD) if "wS" in policy else [])
+    missing = [name for name in names if name not in policy]
+    if missing:
+        raise ValueError(f"{path}: with num_layers {last + 1}, the keys {', '.join(missing)} are missing")
+    for name in weights:
+        if policy[name].ndim != 2 or 0 in policy[name].shape:
+            raise ValueError(f"{path}: {name} must be a matrix (in, out), not {policy[name].shape}")
+    widths = [policy["w0"].shape[0], *(policy[name].shape[1] for name in weights)]
+
+    def vector_or_number(size):
+        return [(size,), (1,), ()]
+
+    shapes = {name: vector_or_number(widths[0]) for name in ("obs_mean", "obs_std")}
+    shapes |= {name: vector_or_number(widths[-1]) for name in ("action_low", "action_high")}
+    shapes["obs_clip"] = [(1,), ()]
+    for i in range(last + 1):
+        shapes |= {f"w{i}": [(widths[i], widths[i + 1])], f"b{i}": [(widths[i + 1],)]}
+    if "log_std" in policy:
+        shapes["log_std"] = [(widths[-1],)]
+    if "wS" in policy:
+        shapes |= {"wS": [(widths[-2], widths[-1])], "bS": [(widths[-1],)]}
+        shapes |= {name: vector_or_number(widths[-1]) for name in ("log_std_min", "log_std_max")}
+    return shapes
+
+
+@dataclass(frozen=True)
+class Args:
+    """Plays a saved policy in a Gymnasium environment and prints its return, success and episode length."""
+
+    policy: str
+    """the policy's .npz file"""
+    env_id: str
+    """id of the environment, e.g. Hopper-v5 or AdroitHandDoor-v1"""
+    episodes: int = 10
+    """episodes to play"""
+    seed: int = 0
+    """seed of the episodes' starts and of the noise"""
+    sample: bool = False
+    """sample actions instead of taking their mean"""
+
+
+def main(args: Args) -> None:
+    """The command-line program; a ValueError of anything that the user can mend."""
+    from envs import gymnasium_eval  # here, so that those who only read policies need numpy alone
+
+    if args.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, not {args.episodes}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    policy = load(args.policy)
+    takes, gives = len(policy["w0"]), len(policy[f"b{int(policy['num_layers']) - 1}"])
+    obs_size, action_size, _ = gymnasium_eval.check(args.env_id)
+    if (takes, gives) != (obs_size, action_size):
+        has = f"{args.env_id} has {obs_size} observations and {action_size} actions"
+        raise ValueError(f"{has}, but {args.policy} takes {takes} and gives {gives}")
+    rng = np.random.default_rng(args.seed) if args.sample else None
+    tally = gymnasium_eval.evaluate(args.env_id, lambda obs: act(policy, obs, rng), args.episodes, args.seed)
+    mode = "sampled" if args.sample else "mean"
+    print(f"{args.policy} in {args.env_id}, {args.episodes} episodes, {mode} actions (± standard deviation over episodes)")
+    print(f"return  {tally['return'].mean():10.2f} ± {tally['return'].std():.2f}")
+    print(f"success {tally['success'].mean():10.2%}")
+    print(f"length  {tally['length'].mean():10.1f}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,299 @@
+"""The record of a run on disk: its folder, settings, metrics, progress, checkpoints and results."""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data import cli, statistics
+from data.scores import normalized_score
+
+COLUMNS = ("phase", "step", "seed", "setting", "metric", "value")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "brax", "mujoco", "mujoco-mjx", "minari", "orbax-checkpoint", "numpy")
+
+
+class Run:
+    """One folder `<runs_dir>/<method>/<task>/<name>/`, written so that a run killed at any moment goes on to the same bits.
+
+    Files: `config.json`, `dataset.json` (the card), `metrics.csv` (tidy: phase, step, seed, setting, metric, value),
+    `checkpoints/`, and at the end `result.json` and what the script adds. `labels` names the side-by-side runs, [runs].
+    """
+
+    def __init__(self, method: str, args: Any, labels: list[cli.RunLabel], card: dict | None):
+        self.method, self.args, self.labels = method, args, labels
+        self.task = args.env if args.env != "none" else (args.eval_env or pathlib.PurePath(args.dataset).stem)
+        self.card = card or {"id": "none"}
+        self.phases: dict[str, dict[str, list]] = {}
+        self.failed: dict[int, str] = {}
+        self.clock = {"wall": 0.0, "updates": 0, "update_seconds": 0.0, "env_steps": 0, "env_seconds": 0.0}
+        self.began = time.perf_counter()
+        self.folder = pathlib.Path(args.resume) if args.resume else self._create()
+        self.metrics = (self.folder / "metrics.csv").open("a", newline="")
+        self.console = Console()
+        self.trackers = _trackers(args.track, self)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options)
+
+    def _create(self) -> pathlib.Path:
+        folder = pathlib.Path(self.args.runs_dir) / self.method / self.task / (self.args.name or time.strftime("%Y%m%d-%H%M%S"))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise cli.UsageError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}") from None
+        except (NotADirectoryError, PermissionError) as error:
+            raise cli.UsageError(f"--runs-dir {self.args.runs_dir}: cannot make a folder there ({error.strerror})") from None
+        write_json(folder / "config.json", {
+            "method": self.method,
+            "settings": cli.to_json(self.args),
+            "command": " ".join(sys.argv),
+            "git_commit": _git_commit(),
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "devices": [str(d) for d in jax.devices()],
+        })  # fmt: skip
+        write_json(folder / "dataset.json", self.card)
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+        return folder
+
+    # --- while it runs ---
+
+    def progress(self, plan: list[cli.Chunk], done: int):
+        """Yields (position after the chunk, chunk) for the rest of the plan, behind a progress bar where there is a terminal."""
+        columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
+            for i, chunk in enumerate(plan[done:], start=done + 1):
+                if chunk.first or i == done + 1:
+                    ends = [c.start + c.length for c in plan[i - 1 :] if c.phase == chunk.phase and c.last]
+                    self.row = self.bar.add_task(chunk.phase, total=ends[0], completed=chunk.start, note="compiling")
+                yield i, chunk
+                self.bar.update(self.row, completed=chunk.start + chunk.length)
+
+    def log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        """Appends one row per metric and run; values are [runs]. A run whose metrics or parameters went bad is told of once."""
+        metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        bad_at = metrics.pop("nonfinite_at", np.full(len(self.labels), -1))
+        for r in np.flatnonzero(bad_at >= 0):
+            names = [name for name, value in metrics.items() if not np.isfinite(value[r])]
+            self.fail(int(r), f"{phase}, step {step}", f"{', '.join(names)} not finite since step {int(bad_at[r])} of this chunk")
+        write = csv.writer(self.metrics)
+        for name, values in metrics.items():
+            write.writerows((phase, step, label.seed, label.setting, name, repr(float(v))) for label, v in zip(self.labels, values))
+        self.metrics.flush()
+        for tracker in self.trackers:
+            tracker(phase, step, metrics)
+
+    def evaluated(self, phase: str, step: int, tally: dict[str, Any]) -> None:
+        """Logs an evaluation, arrays [runs, episodes], and keeps it as the phase's result so far."""
+        result = {name: [_finite_or_none(v) for v in np.asarray(tally[name], np.float64).mean(axis=1)] for name in ("success", "return", "length")}
+        for r in self.failed:
+            result = {name: [None if i == r else v for i, v in enumerate(values)] for name, values in result.items()}
+        score = normalized_score(self.args.eval_env or self.args.env, np.asarray(tally["return"], np.float64).mean(axis=1))
+        if score is not None:
+            result["normalized_score"] = [_finite_or_none(v) for v in np.atleast_1d(score)]
+        self.phases[phase] = result
+        self.log(phase, step, {f"eval/{name}": [math.nan if v is None else v for v in values] for name, values in result.items()})
+        note = "  ".join(f"{name} {statistics.summarise(_numbers(result[name]))['iqm']:.2f}" for name in ("success", "return", "length"))
+        self.bar.update(self.row, note=note)
+        if not self.console.is_terminal:
+            print(f"{phase:>9} {step:>9,}  {note}", flush=True)
+
+    def fail(self, r: int, where: str, what: str) -> None:
+        """Notes that run `r` broke; the others go on. Stops everything when none is left."""
+        if r not in self.failed:
+            self.failed[r] = f"{where}: {what}"
+            label = self.labels[r]
+            print(f"seed {label.seed} {label.setting} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
+        if len(self.failed) == len(self.labels):
+            raise cli.UsageError(f"every seed broke, the last in {self.failed[r]}; lower the learning rates or look into {self.folder}")
+
+    def check_parameters(self, phase: str, step: int, parameters: Any) -> bool:
+        """Looks for NaN and infinities in [runs, ...] leaves, names the first tensor of each broken run; True if one broke just now."""
+        before = len(self.failed)
+        finite = jax.device_get(_finite_leaves(parameters))
+        for path, ok in jax.tree_util.tree_leaves_with_path(finite):
+            for r in np.flatnonzero(~ok):
+                self.fail(int(r), f"{phase}, step {step}", f"parameter {jax.tree_util.keystr(path)} is not finite")
+        return len(self.failed) > before
+
+    # --- checkpoints ---
+
+    def save(self, position: int, state: Any) -> None:
+        """Writes a checkpoint after `position` chunks of the plan, whole or not at all; the one before goes once it is there."""
+        os.fsync(self.metrics.fileno())
+        host = {
+            "position": position, "metrics_bytes": self.metrics.tell(), "phases": self.phases,
+            "failed": {str(r): text for r, text in self.failed.items()}, "clock": {**self.clock, "wall": self.wall_seconds()},
+        }  # fmt: skip
+        try:
+            self.manager.save(position, args=ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)), force=True)
+        except Exception as error:
+            if not _is_disk_full(error):
+                raise
+            raise cli.UsageError(
+                f"no room left for a checkpoint in {self.folder}; the one before it is whole: free some, then --resume {self.folder}"
+            ) from error
+
+    def restore(self, state: Any) -> tuple[int, Any]:
+        """(position, state) of the last checkpoint, or (0, `state`) if there is none yet; `state` gives shapes and places."""
+        position = self.manager.latest_step() if self.args.resume else None
+        if position is None:
+            self._truncate(len(",".join(COLUMNS)) + 2)
+            return 0, state
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            saved = self.manager.restore(
+                position, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore())
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise cli.UsageError(f"--resume {self.folder}: the checkpoint does not fit these settings, or is damaged ({reason})") from None
+        host = saved["host"]
+        self._truncate(host["metrics_bytes"])
+        self.phases, self.clock = host["phases"], host["clock"]
+        self.failed = {int(r): text for r, text in host["failed"].items()}
+        return host["position"], saved["state"]
+
+    def _truncate(self, size: int) -> None:
+        # Rows logged after the checkpoint will be computed, and written, once more.
+        self.metrics.truncate(size)
+        self.metrics.seek(0, os.SEEK_END)
+
+    # --- the end ---
+
+    def wall_seconds(self) -> float:
+        """Seconds this run has taken, those before a resumption included."""
+        return self.clock["wall"] + time.perf_counter() - self.began
+
+    def count(self, seconds: float, updates: int = 0, env_steps: int = 0) -> None:
+        """Adds a chunk's work, of all runs together, to the speeds in result.json."""
+        self.clock["updates"] += updates
+        self.clock["update_seconds"] += seconds
+        if env_steps:
+            self.clock["env_steps"] += env_steps
+            self.clock["env_seconds"] += seconds
+
+    def finish(self, compile_seconds: float, extra: dict | None = None) -> dict:
+        """Writes result.json, prints the closing table and returns the result."""
+        clock = self.clock
+        rows = {setting: [i for i, label in enumerate(self.labels) if label.setting == setting] for setting in dict.fromkeys(label.setting for label in self.labels)}
+        result = {
+            "method": self.method, "env": self.args.env, "eval_env": self.args.eval_env or self.args.env, "dataset": self.card["id"], "num_seeds": self.args.num_seeds,
+            "seeds": [label.seed for label in self.labels],
+            "phases": {**{name: {} for name in ("offline", "online", "retrained")}, **self.phases},
+            "failed": {str(r): text for r, text in self.failed.items()},
+            "wall_seconds": self.wall_seconds(),
+            "seed_updates_per_second": clock["updates"] / max(clock["update_seconds"], 1e-9),
+            "env_steps_per_second": clock["env_steps"] / max(clock["env_seconds"], 1e-9),
+            "compile_seconds": compile_seconds,
+            **(extra or {}),
+        }  # fmt: skip
+        if self.args.sweep:
+            result["settings"] = [
+                {"setting": setting, "phases": {p: {m: [v[i] for i in index] for m, v in found.items()} for p, found in self.phases.items()}}
+                for setting, index in rows.items()
+            ]
+        write_json(self.folder / "result.json", result)
+        self.console.print(self.table(rows))
+        return result
+
+    def table(self, rows: dict[str, list[int]]) -> Table:
+        """Phase x measure: IQM over seeds and its 95 % stratified-bootstrap interval."""
+        table = Table(title=f"{self.method} on {self.task}: IQM over {self.args.num_seeds} seeds [95 % interval]")
+        measures = list(dict.fromkeys(m for found in self.phases.values() for m in found))
+        for column in (["setting"] if self.args.sweep else []) + ["phase", *measures]:
+            table.add_column(column)
+        for setting, index in rows.items():
+            for phase, found in self.phases.items():
+                cells = []
+                for measure in measures:
+                    s = statistics.summarise(_numbers(found[measure][i] for i in index))
+                    cells.append(f"{s['iqm']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" if math.isfinite(s["low"]) else f"{s['iqm']:.2f}")
+                table.add_row(*([setting] if self.args.sweep else []), phase, *cells)
+        return table
+
+    def close(self) -> None:
+        """Lists what the run has written."""
+        self.metrics.close()
+        self.manager.close()
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and "checkpoints" not in p.relative_to(self.folder).parts)
+        self.console.print(f"wrote {self.folder}/: " + ", ".join(str(p.relative_to(self.folder)) for p in files), soft_wrap=True)
+
+
+@jax.jit
+def _finite_leaves(tree):
+    return jax.tree.map(lambda x: jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes `content` to `path` whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _numbers(values) -> np.ndarray:
+    return np.array([math.nan if v is None else v for v in values], np.float64)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    text = str(error)
+    return getattr(error, "errno", None) in cli.DISK_FULL or any(sign in text for sign in ("No space left", "File too large", "quota exceeded"))
+
+
+def _git_commit() -> str:
+    here = pathlib.Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _trackers(kind: str, run: Run) -> list:
+    """Functions (phase, step, metrics) that pass metrics on to the tracker of `--track`."""
+    if kind == "none":
+        return []
+    try:
+        if kind == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writers = [SummaryWriter(str(run.folder / "tensorboard" / f"seed{label.seed}{label.setting and '_' + label.setting}")) for label in run.labels]
+
+            def track(phase, step, metrics):
+                for name, values in metrics.items():
+                    for writer, value in zip(writers, values):
+                        writer.add_scalar(f"{phase}/{name}", float(value), step)
+        else:
+            import wandb
+
+            wandb.init(project="ooo-rl", name=run.folder.name, group=run.task, config=cli.to_json(run.args), dir=str(run.folder))
+
+            def track(phase, step, metrics):
+                values = {f"{phase}/{n}/seed{label.seed}": float(v) for n, vs in metrics.items() for label, v in zip(run.labels, vs)}
+                wandb.log({f"{phase}/step": step, **values})
+    except ImportError as error:
+        raise cli.UsageError(f"--track {kind}: {error.name} is not installed; pip install '.[tracking]'") from None
+    return [track]
