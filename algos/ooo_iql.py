@@ -17,6 +17,7 @@ works on every task; the critic loss sums over the two critics (there, their mea
     python algos/ooo_iql.py --sweep intrinsic-coef=0,0.5,5,10  # seeds x settings as one program
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -29,11 +30,11 @@ import tyro
 from flax import struct
 
 import envs
-from data import buffer, cli
+from data import buffer, cli, report
 from data.buffer import Transition
-from data.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, scan_mean
+from data.evaluation import Evaluator
+from data.program import EVERYWHERE, RUNS, Compiled, mesh_for, orthogonal, place, scan_mean
 from data.run import Run
-from envs.rollout import rollout
 
 
 @struct.dataclass
@@ -103,6 +104,10 @@ class Args:
     # data
     dataset: str = "auto"
     """Minari id, or a .hdf5 or .npz file; none: no offline data; auto: the environment's own, none with --offline-steps 0"""
+    clip_actions: bool = False
+    """clip dataset actions that lie outside [-1, 1] instead of refusing them"""
+    export: str = ""
+    """write each seed's online experience as the Minari dataset EXPORT-seed<k>-v0, e.g. ooo/my-run"""
     upsample: float = 0.0
     """share of each retraining batch that is drawn from the rows of highest reward"""
     # offline
@@ -119,6 +124,8 @@ class Args:
     """online rows kept, a multiple of num_envs; 0: all"""
     intrinsic: Literal["rnd", "count", "none"] = "rnd"
     """exploration bonus: random network distillation, 5 / sqrt(n(s, a) + 1) style counts (2-D tasks), or none"""
+    count_bins: tuple[int, int] = (100, 10)
+    """cells of the count bonus per axis of position and of action; the official code's are 100 and 10"""
     rnd_variant: Literal["paper", "code"] = "paper"
     """paper: novelty of s, two hidden layers, summed squared error; code: of s', one hidden layer, largest squared error"""
     sync_explorer: bool = False
@@ -147,20 +154,27 @@ class Args:
 
 # The paper's settings by environment family (Table 4, App. B); those of the point mass, which it does not give, are ours.
 SETTINGS = {
-    "point-mass-wall": dict(
-        intrinsic="count", intrinsic_coef=5.0, hidden=(64, 64), expectile=0.9, temperature=10.0, offline_steps=2_000,
-        online_steps=480_000, num_envs=8, utd_ratio=0.125, retrain_steps=30_000,
-    ),
-    "point-mass-wall-sparse": dict(reward_bias=-1.0),
-    "probe": dict(hidden=(32, 32), offline_steps=1_000, online_steps=8_000, retrain_steps=1_000, actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3),
-    "antmaze": dict(expectile=0.9, temperature=10.0, intrinsic_coef=10.0, reward_bias=-1.0, online_steps=1_500_000, upsample=8 / 256),
-    "maze2d": dict(expectile=0.9, temperature=3.0, intrinsic_coef=10.0, reward_bias=-1.0, online_steps=500_000),
-    "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, intrinsic_coef=10.0, reward_bias=-4.0, offline_steps=1_000_000, online_steps=4_000_000),
-    "hammer": dict(expectile=0.8, temperature=3.0, offline_steps=50_000, online_steps=500_000),
-    "door": dict(expectile=0.8, temperature=3.0, dropout=0.1, offline_steps=25_000),
-    "pen": dict(expectile=0.8, temperature=3.0, dropout=0.1, offline_steps=25_000),
-    "relocate": dict(expectile=0.8, temperature=3.0, dropout=0.1, offline_steps=25_000),
-}
+    "point-mass-wall": {
+        "intrinsic": "count", "intrinsic_coef": 5.0, "count_bins": (30, 4), "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0,
+        "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "target_rate": 0.05, "upsample": 8 / 256,
+        "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32, "utd_ratio": 1 / 32, "retrain_steps": 30_000,
+    },
+    "point-mass-wall-sparse": {"reward_bias": -1.0},
+    "probe": {
+        "hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "retrain_steps": 1_000,
+        "actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3,
+    },
+    "antmaze": {"expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000},
+    "maze2d": {"expectile": 0.9, "temperature": 3.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "online_steps": 500_000},
+    "kitchen": {
+        "expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "intrinsic_coef": 10.0, "reward_bias": -4.0,
+        "offline_steps": 1_000_000, "online_steps": 4_000_000,
+    },
+    "hammer": {"expectile": 0.8, "temperature": 3.0, "offline_steps": 50_000, "online_steps": 500_000},
+    "door": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
+    "pen": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
+    "relocate": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
+}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -172,9 +186,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         for size in self.sizes[:-1]:
-            x = nn.relu(nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5))(x))
+            x = nn.relu(nn.Dense(size, kernel_init=orthogonal(2**0.5))(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
-        return nn.Dense(self.sizes[-1], kernel_init=nn.initializers.orthogonal(2**0.5))(x)
+        return nn.Dense(self.sizes[-1], kernel_init=orthogonal(2**0.5))(x)
 
 
 class Actor(nn.Module):
@@ -318,15 +332,15 @@ class NoBonus:
 
 
 class CountBonus(NoBonus):
-    """1 / sqrt(n(s, a) + 1) over 100 x 100 cells of positions times 10 x 10 of actions, offline rows counted in from the start."""
+    """1 / sqrt(n(s, a) + 1) over a grid of positions and actions; offline rows are counted in from the start."""
 
-    def __init__(self, env):
+    def __init__(self, env, bins: tuple[int, int]):
         x0, x1, y0, y1 = env.layout["bounds"]
         self.low, self.high = jnp.float32([x0, y0, -1, -1]), jnp.float32([x1, y1, 1, 1])
-        self.bins = jnp.int32([100, 100, 10, 10])
+        self.bins = (bins[0], bins[0], bins[1], bins[1])
 
     def init(self, key, offline):
-        counts = jnp.zeros(100 * 100 * 10 * 10)
+        counts = jnp.zeros(math.prod(self.bins))
         return counts if offline is None else self.observe(counts, offline)
 
     def observe(self, state, rows):
@@ -338,8 +352,9 @@ class CountBonus(NoBonus):
     def cell(self, rows):
         """Index [B] of the bin nearest to each row's (position, action)."""
         x = jnp.concatenate([rows.obs[:, :2], rows.action], axis=-1)
-        i = jnp.clip(jnp.round((x - self.low) / (self.high - self.low) * (self.bins - 1)), 0, self.bins - 1).astype(jnp.int32)
-        return ((i[:, 0] * 100 + i[:, 1]) * 10 + i[:, 2]) * 10 + i[:, 3]
+        last = jnp.float32(self.bins) - 1
+        nearest = jnp.clip(jnp.round((x - self.low) / (self.high - self.low) * last), 0, last).astype(jnp.int32)
+        return jnp.ravel_multi_index(tuple(nearest.T), self.bins, mode="clip")
 
 
 @struct.dataclass
@@ -378,7 +393,8 @@ class RNDBonus(NoBonus):
         keys, obs = jax.random.split(key), jnp.zeros((1, self.obs_size))
         predictor, target = (self.net.init(k, obs) for k in keys)
         fresh = Moments(jnp.zeros(self.obs_size), jnp.ones(self.obs_size), jnp.float32(1e-4))
-        return RNDState(predictor, target, optax.scale_by_adam().init(predictor), fresh, Moments(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)))
+        error = Moments(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4))
+        return RNDState(predictor, target, optax.scale_by_adam().init(predictor), fresh, error)
 
     def learn(self, state, batch, learning_rate):
         state = state.replace(obs=state.obs.update(batch.obs))
@@ -499,7 +515,9 @@ def retrain_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition 
     reward = jnp.concatenate([rows.reward for rows in (offline, ring) if rows is not None])
     seen = jnp.arange(len(reward)) < filled
     low, high = jnp.min(reward, where=seen, initial=jnp.inf), jnp.max(reward, where=seen, initial=-jnp.inf)
-    q_bounds = tuple((hyper.reward_scale * r + hyper.reward_bias) / (1 - hyper.discount) for r in (low, high)) if args.bound_q else (-jnp.inf, jnp.inf)
+    q_bounds = (-jnp.inf, jnp.inf)
+    if args.bound_q:
+        q_bounds = tuple((hyper.reward_scale * r + hyper.reward_bias) / (1 - hyper.discount) for r in (low, high))
     best = seen & (reward == high)
     num_best = round(args.upsample * args.batch_size)
     best_rows = jnp.nonzero(best, size=len(reward), fill_value=0)[0] if num_best else None
@@ -519,6 +537,69 @@ def retrain_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition 
     return state.replace(exploiter=exploiter, key=key), metrics
 
 
-def evaluate(setup: Setup, actor: dict, key: jax.Array, *, record: bool = False):
-    """Episodes with the mean action: success, return and length [episodes], and observations with `record`."""
-    return rollout(setup.env, partial(act, setup.nets, actor), key, setup.args.eval_episodes, record)
+def make_setup(args: Args, offline: Transition | None) -> Setup:
+    """Environment, networks and bonus for `args`, or the reason why they do not go together."""
+    env = None if args.env == "none" else envs.make(args.env, args.physics)
+    obs_size, action_size = (env.observation_size, env.action_size) if env else (offline.obs.shape[1], offline.action.shape[1])
+    nets = Nets(Actor(args.hidden, action_size, args.dropout), Critic(args.hidden), Value(args.hidden))
+    if args.intrinsic == "count" and (not hasattr(env, "layout") or action_size != 2):
+        raise cli.UsageError(f"--intrinsic count needs a 2-D task with 2 actions, which {args.env} is not; use rnd")
+    bonus = {
+        "rnd": lambda: RNDBonus(obs_size, args.rnd_variant),
+        "count": lambda: CountBonus(env, args.count_bins),
+        "none": NoBonus,
+    }[args.intrinsic]()
+    return Setup(args, env, nets, bonus, obs_size)
+
+
+def make_plan(args: Args) -> list[cli.Chunk]:
+    """Pre-training, then exploration with a retraining at each of --retrain-at."""
+    plan, now = cli.chunks(args, "offline", 0, args.offline_steps), 0
+    stops = sorted(set(args.retrain_at or (args.online_steps,)))
+    for stop in stops:
+        plan += cli.chunks(args, "online", now, stop)
+        phase = "retrained" if stop == stops[-1] else f"retrained@{stop}"
+        plan += cli.chunks(args, phase, 0, args.retrain_steps, collected=stop)
+        now = stop
+    return plan + cli.chunks(args, "online", now, args.online_steps)
+
+
+def main() -> None:
+    args = cli.parse(Args, SETTINGS)
+    hyper, labels = cli.grid(args)
+    data = cli.load_dataset(args)
+    offline = data and data.transitions
+    setup, mesh = make_setup(args, offline), mesh_for(len(labels))
+    evaluate = Evaluator(args, setup.env, partial(act, setup.nets), mesh, setup.obs_size, setup.nets.actor.action_size)
+    run = Run("ooo_iql", args, labels, data and data.card)
+
+    initialise = Compiled(partial(init_state, setup), mesh, shared=(0,))
+    pretrain = Compiled(partial(pretrain_chunk, setup), mesh, shared=(2,), donate=(0,))
+    explore = Compiled(partial(explore_chunk, setup), mesh, shared=(2, 3), donate=(0,))
+    retrain = Compiled(partial(retrain_chunk, setup), mesh, shared=(2, 3), donate=(0,))
+    run.programs = {"offline": pretrain, "online": explore, "retrained": retrain}
+    offline, hyper = place(offline, mesh, EVERYWHERE), place(hyper, mesh, RUNS)
+    keys = place(jnp.stack([jax.random.PRNGKey(label.seed) for label in labels]), mesh, RUNS)
+    done, state = run.restore(initialise(offline, keys))
+
+    for position, chunk in run.progress(make_plan(args), done):
+        if chunk.phase == "offline":
+            state, metrics = pretrain(state, hyper, offline, length=chunk.length)
+        elif chunk.phase == "online":
+            state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.length // args.num_envs)
+        else:
+            if chunk.first and not args.warm_start:
+                state = state.replace(exploiter=initialise(offline, keys).exploiter)
+            state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.length)
+            if chunk.last and args.sync_explorer:
+                state = state.replace(explorer=jax.tree.map(jnp.copy, state.exploiter))
+        agent = state.exploiter if chunk.phase.startswith("retrained") else state.explorer
+        run.after(chunk, metrics, agent, state, position, evaluate, keys)
+
+    report.conclude(
+        run, setup.env, data and data.transitions, state.ring, {"explorer": state.explorer.actor, "exploiter": state.exploiter.actor}
+    )
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

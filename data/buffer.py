@@ -17,7 +17,7 @@ class Transition:
 
 
 def empty(example: Transition, capacity: int) -> Transition:
-    """A ring of `capacity` zeroed rows like `example` (one row, without the leading axis). Row i of all ever added lies in slot i % capacity."""
+    """A ring of `capacity` zeroed rows like `example` (one row, no leading axis); row i of all ever added lies in slot i % capacity."""
     if capacity < 1:
         raise ValueError(f"a buffer needs room for at least one row, got capacity {capacity}")
     return jax.tree.map(lambda x: jnp.zeros((capacity, *jnp.shape(x)), jnp.result_type(x)), example)

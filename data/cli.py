@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 import envs
+from data import datasets
 
 OWN_DATASETS = {name: f"ooo/{name}/over-v0" for name in ("point-mass-wall", "point-mass-wall-sparse")}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -163,6 +164,18 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def load_dataset(args: Any) -> Any:
+    """The dataset of `args`, its card printed, checked to fit the environment; None for `--dataset none`."""
+    if args.dataset == "none":
+        return None
+    data = datasets.load(args.dataset, clip_out_of_range=args.clip_actions)
+    if args.env != "none":
+        env = envs.make(args.env, args.physics)
+        datasets.check_fits(data, env.observation_size, env.action_size, args.env)
+    datasets.print_card(data.card)
+    return data
+
+
 class RunLabel(NamedTuple):
     """Which of the side-by-side runs this is: its seed, and the swept settings with their values."""
 
@@ -209,19 +222,23 @@ class Chunk(NamedTuple):
     save: bool
     first: bool  # of its phase
     last: bool
+    collected: int  # online rows, before the chunk
 
 
-def chunks(args: Any, phase: str, start: int, end: int) -> list[Chunk]:
+def chunks(args: Any, phase: str, start: int, end: int, collected: int = 0) -> list[Chunk]:
     """`phase` from step `start` to `end`, cut where an evaluation or a checkpoint is due and at the end."""
+    if end <= start:
+        return []
     block = args.num_envs if phase == "online" else 1
     cuts = {end: (True, True)}
     evaluate_every = args.eval_every or math.ceil((end - start) / 4)
     for every, mark in ((evaluate_every, (True, False)), (args.checkpoint_every or evaluate_every, (False, True))):
-        for step in range(every * (start // every + 1) if args.eval_every else start + every, end, every):
+        for step in range(every * (start // every + 1), end, every):
             cut = min(math.ceil(step / block) * block, end)
             old = cuts.get(cut, (False, False))
             cuts[cut] = (old[0] or mark[0], old[1] or mark[1])
     edges = [start, *sorted(cuts)]
     return [
-        Chunk(phase, a, b - a, *cuts[b], first=a == start, last=b == end) for a, b in itertools.pairwise(edges) if b > a
+        Chunk(phase, a, b - a, *cuts[b], a == start, b == end, a if phase == "online" else collected)
+        for a, b in itertools.pairwise(edges)
     ]

@@ -29,13 +29,10 @@ class Compiled:
     Every argument has a leading axis of runs, but for those whose position is in `shared`; results have it too. Arguments
     in `donate` give their memory to the results. Keyword arguments are compile-time constants: each new combination
     compiles once, ahead of time; `compile_seconds` and `run_seconds` add up what compiling and running took.
-
-    `in_turn` computes one run after the other on each device instead of vmapping. Initialisation needs it: batched QR
-    decompositions (orthogonal initialisers) that run at the same time can deadlock XLA's CPU thread pool.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh, shared: tuple[int, ...] = (), donate: tuple[int, ...] = (), in_turn: bool = False):
-        self.function, self.mesh, self.shared, self.donate, self.in_turn = function, mesh, shared, donate, in_turn
+    def __init__(self, function: Callable, mesh: Mesh, shared: tuple[int, ...] = (), donate: tuple[int, ...] = ()):
+        self.function, self.mesh, self.shared, self.donate = function, mesh, shared, donate
         self.programs: dict = {}
         self.compile_seconds = self.run_seconds = 0.0
 
@@ -45,8 +42,7 @@ class Compiled:
         if key not in self.programs:
             began = time.perf_counter()
             axes = tuple(None if i in self.shared else 0 for i in range(len(arguments)))
-            function = partial(self.function, **static)
-            mapped = partial(_in_turn, function, axes) if self.in_turn else jax.vmap(function, in_axes=axes)
+            mapped = jax.vmap(partial(self.function, **static), in_axes=axes)
             specs = tuple(EVERYWHERE if axis is None else RUNS for axis in axes)
             sharded = jax.shard_map(mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False)
             self.programs[key] = jax.jit(sharded, donate_argnums=self.donate).lower(*arguments).compile()
@@ -60,16 +56,6 @@ class Compiled:
         results = jax.block_until_ready(program(*arguments))
         self.run_seconds += time.perf_counter() - began
         return results
-
-
-def _in_turn(function: Callable, axes: tuple, *arguments):
-    mapped = [x for x, axis in zip(arguments, axes) if axis == 0]
-
-    def one_run(own):
-        own = iter(own)
-        return function(*(next(own) if axis == 0 else x for x, axis in zip(arguments, axes)))
-
-    return jax.lax.map(one_run, mapped)
 
 
 def scan_mean(step: Callable, carry, length: int):
@@ -89,3 +75,22 @@ def scan_mean(step: Callable, carry, length: int):
 
     (carry, total, first_bad), _ = jax.lax.scan(body, (carry, total, jnp.int32(-1)), jnp.arange(length))
     return carry, {**jax.tree.map(lambda x: x / length, total), "nonfinite_at": first_bad}
+
+
+def orthogonal(scale: float) -> Callable:
+    """Flax initialiser: `scale` times a random (semi-)orthogonal matrix, as the polar factor of a Gaussian one.
+
+    The usual initialiser takes the Q of a QR decomposition, with the same distribution; but several batched QRs in one
+    program, which vmapped seeds make, can deadlock XLA's CPU thread pool (seen with jax 0.10.2 on two cores). Newton's
+    iteration for the polar factor needs matrix products only. Its columns are orthonormal to about 1e-6.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+        tall, thin = max(shape), min(shape)
+        # Divided by the largest singular value to be expected, all singular values lie where the iteration converges.
+        start = jax.random.normal(key, (tall, thin), dtype) / (1.1 * (tall**0.5 + thin**0.5))
+        product = partial(jnp.matmul, precision="highest")
+        x = jax.lax.fori_loop(0, 40, lambda _, x: 1.5 * x - 0.5 * product(x, product(x.T, x)), start)
+        return scale * (x if shape == (tall, thin) else x.T)
+
+    return init

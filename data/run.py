@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data import cli, statistics
+from data.program import Compiled
 from data.scores import normalized_score
 
 COLUMNS = ("phase", "step", "seed", "setting", "metric", "value")
@@ -39,8 +40,11 @@ class Run:
         self.task = args.env if args.env != "none" else (args.eval_env or pathlib.PurePath(args.dataset).stem)
         self.card = card or {"id": "none"}
         self.phases: dict[str, dict[str, list]] = {}
+        self.paths: dict[str, np.ndarray] = {}
         self.failed: dict[int, str] = {}
-        self.clock = {"wall": 0.0, "updates": 0, "update_seconds": 0.0, "env_steps": 0, "env_seconds": 0.0}
+        self.programs: dict[str, Compiled] = {}
+        self.before = dict.fromkeys(("wall", "updates", "env_steps", "run", "online", "compile"), 0.0)  # a resumption
+        self.updates = self.env_steps = 0
         self.began = time.perf_counter()
         self.folder = pathlib.Path(args.resume) if args.resume else self._create()
         self.metrics = (self.folder / "metrics.csv").open("a", newline="")
@@ -74,7 +78,13 @@ class Run:
 
     def progress(self, plan: list[cli.Chunk], done: int):
         """Yields (position after the chunk, chunk) for the rest of the plan, behind a progress bar where there is a terminal."""
-        columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.bar:
             for i, chunk in enumerate(plan[done:], start=done + 1):
                 if chunk.first or i == done + 1:
@@ -99,7 +109,9 @@ class Run:
 
     def evaluated(self, phase: str, step: int, tally: dict[str, Any]) -> None:
         """Logs an evaluation, arrays [runs, episodes], and keeps it as the phase's result so far."""
-        result = {name: [_finite_or_none(v) for v in np.asarray(tally[name], np.float64).mean(axis=1)] for name in ("success", "return", "length")}
+        result = {
+            name: [_finite_or_none(v) for v in np.asarray(tally[name], np.float64).mean(axis=1)] for name in ("success", "return", "length")
+        }
         for r in self.failed:
             result = {name: [None if i == r else v for i, v in enumerate(values)] for name, values in result.items()}
         score = normalized_score(self.args.eval_env or self.args.env, np.asarray(tally["return"], np.float64).mean(axis=1))
@@ -111,6 +123,11 @@ class Run:
         self.bar.update(self.row, note=note)
         if not self.console.is_terminal:
             print(f"{phase:>9} {step:>9,}  {note}", flush=True)
+
+    def keep_paths(self, phase: str, paths: np.ndarray) -> None:
+        """Keeps a phase's paths [runs, episodes, steps, 2] for the map, in `paths.npz`."""
+        self.paths[phase] = paths
+        np.savez_compressed(self.folder / "paths.npz", **self.paths)
 
     def fail(self, r: int, where: str, what: str) -> None:
         """Notes that run `r` broke; the others go on. Stops everything when none is left."""
@@ -130,6 +147,28 @@ class Run:
                 self.fail(int(r), f"{phase}, step {step}", f"parameter {jax.tree_util.keystr(path)} is not finite")
         return len(self.failed) > before
 
+    def after(self, chunk: cli.Chunk, metrics: dict, agent: Any, state: Any, position: int, evaluate: Any, keys: jax.Array) -> None:
+        """What is due after each chunk: log, look for broken runs, evaluate, and save a checkpoint, which thus holds all before it.
+
+        `agent` has the parameters to check, and the policy to evaluate as `agent.actor`; `keys` [runs, 2] are the runs' first keys.
+        """
+        step, num_runs = chunk.start + chunk.length, len(self.labels)
+        online = chunk.phase == "online"
+        self.updates += num_runs * round(chunk.length * (self.args.utd_ratio if online else 1))
+        self.env_steps += num_runs * chunk.length * online
+        self.log(chunk.phase, step, metrics)
+        if self.check_parameters(chunk.phase, step, agent):
+            with ocp.StandardCheckpointer() as checkpointer:  # for inspection; the run itself goes on
+                checkpointer.save((self.folder / f"broken_{chunk.phase}_{step}").absolute(), state, force=True)
+        if chunk.evaluate and evaluate.possible:
+            # Apart from the keys of training; the same starts for every phase and step.
+            tally = evaluate(agent.actor, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), record=chunk.last and evaluate.has_map)
+            self.evaluated(chunk.phase, step, tally)
+            if chunk.last and evaluate.has_map:
+                self.keep_paths(chunk.phase, evaluate.paths(tally))
+        if chunk.save:
+            self.save(position, state)
+
     # --- checkpoints ---
 
     def save(self, position: int, state: Any) -> None:
@@ -137,10 +176,12 @@ class Run:
         os.fsync(self.metrics.fileno())
         host = {
             "position": position, "metrics_bytes": self.metrics.tell(), "phases": self.phases,
-            "failed": {str(r): text for r, text in self.failed.items()}, "clock": {**self.clock, "wall": self.wall_seconds()},
+            "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
         }  # fmt: skip
         try:
-            self.manager.save(position, args=ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)), force=True)
+            self.manager.save(
+                position, args=ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)), force=True
+            )
         except Exception as error:
             if not _is_disk_full(error):
                 raise
@@ -164,8 +205,11 @@ class Run:
             raise cli.UsageError(f"--resume {self.folder}: the checkpoint does not fit these settings, or is damaged ({reason})") from None
         host = saved["host"]
         self._truncate(host["metrics_bytes"])
-        self.phases, self.clock = host["phases"], host["clock"]
+        self.phases, self.before = host["phases"], host["clock"]
         self.failed = {int(r): text for r, text in host["failed"].items()}
+        if (self.folder / "paths.npz").exists():
+            with np.load(self.folder / "paths.npz") as paths:
+                self.paths = {phase: paths[phase] for phase in self.phases if phase in paths}
         return host["position"], saved["state"]
 
     def _truncate(self, size: int) -> None:
@@ -175,36 +219,40 @@ class Run:
 
     # --- the end ---
 
-    def wall_seconds(self) -> float:
-        """Seconds this run has taken, those before a resumption included."""
-        return self.clock["wall"] + time.perf_counter() - self.began
+    def clock(self) -> dict[str, float]:
+        """Seconds and work so far, those before a resumption included; work counts all side-by-side runs."""
+        programs = self.programs.values()
+        now = {
+            "wall": time.perf_counter() - self.began, "updates": self.updates, "env_steps": self.env_steps,
+            "run": sum(p.run_seconds for p in programs), "compile": sum(p.compile_seconds for p in programs),
+            "online": self.programs["online"].run_seconds if "online" in self.programs else 0.0,
+        }  # fmt: skip
+        return {name: value + self.before[name] for name, value in now.items()}
 
-    def count(self, seconds: float, updates: int = 0, env_steps: int = 0) -> None:
-        """Adds a chunk's work, of all runs together, to the speeds in result.json."""
-        self.clock["updates"] += updates
-        self.clock["update_seconds"] += seconds
-        if env_steps:
-            self.clock["env_steps"] += env_steps
-            self.clock["env_seconds"] += seconds
-
-    def finish(self, compile_seconds: float, extra: dict | None = None) -> dict:
+    def finish(self, extra: dict | None = None) -> dict:
         """Writes result.json, prints the closing table and returns the result."""
-        clock = self.clock
-        rows = {setting: [i for i, label in enumerate(self.labels) if label.setting == setting] for setting in dict.fromkeys(label.setting for label in self.labels)}
+        clock = self.clock()
+        rows = {
+            setting: [i for i, label in enumerate(self.labels) if label.setting == setting]
+            for setting in dict.fromkeys(label.setting for label in self.labels)
+        }
         result = {
             "method": self.method, "env": self.args.env, "eval_env": self.args.eval_env or self.args.env, "dataset": self.card["id"], "num_seeds": self.args.num_seeds,
             "seeds": [label.seed for label in self.labels],
             "phases": {**{name: {} for name in ("offline", "online", "retrained")}, **self.phases},
             "failed": {str(r): text for r, text in self.failed.items()},
-            "wall_seconds": self.wall_seconds(),
-            "seed_updates_per_second": clock["updates"] / max(clock["update_seconds"], 1e-9),
-            "env_steps_per_second": clock["env_steps"] / max(clock["env_seconds"], 1e-9),
-            "compile_seconds": compile_seconds,
+            "wall_seconds": clock["wall"],
+            "seed_updates_per_second": clock["updates"] / max(clock["run"], 1e-9),
+            "env_steps_per_second": clock["env_steps"] / max(clock["online"], 1e-9),
+            "compile_seconds": clock["compile"],
             **(extra or {}),
         }  # fmt: skip
         if self.args.sweep:
             result["settings"] = [
-                {"setting": setting, "phases": {p: {m: [v[i] for i in index] for m, v in found.items()} for p, found in self.phases.items()}}
+                {
+                    "setting": setting,
+                    "phases": {p: {m: [v[i] for i in index] for m, v in found.items()} for p, found in self.phases.items()},
+                }
                 for setting, index in rows.items()
             ]
         write_json(self.folder / "result.json", result)
@@ -256,7 +304,9 @@ def _finite_or_none(value: float) -> float | None:
 
 def _is_disk_full(error: BaseException) -> bool:
     text = str(error)
-    return getattr(error, "errno", None) in cli.DISK_FULL or any(sign in text for sign in ("No space left", "File too large", "quota exceeded"))
+    return getattr(error, "errno", None) in cli.DISK_FULL or any(
+        sign in text for sign in ("No space left", "File too large", "quota exceeded")
+    )
 
 
 def _git_commit() -> str:
@@ -280,7 +330,10 @@ def _trackers(kind: str, run: Run) -> list:
         if kind == "tensorboard":
             from tensorboardX import SummaryWriter
 
-            writers = [SummaryWriter(str(run.folder / "tensorboard" / f"seed{label.seed}{label.setting and '_' + label.setting}")) for label in run.labels]
+            writers = [
+                SummaryWriter(str(run.folder / "tensorboard" / f"seed{label.seed}{label.setting and '_' + label.setting}"))
+                for label in run.labels
+            ]
 
             def track(phase, step, metrics):
                 for name, values in metrics.items():

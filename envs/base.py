@@ -9,11 +9,15 @@ An environment is a pure pair `reset(key) -> State`, `step(state, action) -> Sta
 * `horizon`: steps after which an episode is truncated.
 """
 
+import contextlib
+import io
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from brax.envs.base import Env, State
+
+with contextlib.redirect_stdout(io.StringIO()):  # MJX prints there that its optional Warp engine is not installed
+    from brax.envs.base import Env, State
 
 __all__ = ["Env", "State", "Task", "step_and_reset"]
 

@@ -1,0 +1,104 @@
+"""What a finished run leaves behind: a policy file per seed, learning curves, and maps of where a 2-D task was explored."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from data import coverage, datasets, figures, policy
+from data.buffer import Transition, size
+from data.cli import UsageError
+from data.run import Run
+
+
+def save_policies(run: Run, actors: Any, phase: str) -> None:
+    """Writes `policies/<phase>_seed<k>[_<setting>].npz` for each run that did not break; `actors` have a leading axis of runs."""
+    actors = jax.device_get(actors)
+    for r, label in enumerate(run.labels):
+        if r not in run.failed:
+            own = jax.tree.map(lambda x, r=r: x[r], actors)["params"]
+            dense = [layer for _, layer in sorted(own["MLP_0"].items(), key=lambda item: int(item[0].rpartition("_")[2]))]
+            path = run.folder / "policies" / f"{phase}_{_file_name(label)}.npz"
+            path.parent.mkdir(exist_ok=True)
+            policy.save(
+                path, [(layer["kernel"], layer["bias"]) for layer in dense], log_std=np.clip(own["log_std"], -5, 2), output="tanh_mean",
+                algo=run.method, trained_on=run.task, source=str(run.folder),
+            )  # fmt: skip
+
+
+def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None, collected: int) -> dict:
+    """Draws `figures/`: learning curves, and for tasks with a `layout` the map of data, visits and paths (the paper's Figure 2).
+
+    `ring` [runs, capacity, ...] holds the `collected` online rows of each run; the paths come from `run.paths`, phase -> [runs, episodes,
+    steps, 2]. Returns what the map shows in numbers, for result.json: crossings of each phase and the shortest path in the data.
+    """
+    folder = run.folder / "figures"
+    if run.phases:
+        for metric in ("success", "return", "length"):
+            figures.learning_curves(
+                run.folder / "metrics.csv", folder / f"{metric}.png", metric=f"eval/{metric}", title=f"{run.method} on {run.task}"
+            )
+    if not hasattr(env, "layout"):
+        return {}
+    layout, panels = env.layout, []
+    online = None if ring is None else jax.tree.map(lambda x: np.asarray(x)[:, : min(collected, x.shape[1])], ring)
+    if offline is not None:
+        panels.append(
+            figures.Panel("offline data", visits=offline.obs, note=_describe(coverage.shortest_path(offline.obs, offline.next_obs, layout)))
+        )
+    shortest = [_shortest(offline, online, r, layout) for r in range(len(run.labels))] if collected else []
+    if collected:
+        found = [s for s in shortest if s]
+        best = min(found, key=lambda s: s.steps) if found else None
+        sides = [s.side if s else "none" for s in shortest]
+        note = f"shortest path in the data of {len(sides)} runs: under {sides.count('under')}, over {sides.count('over')}, none {sides.count('none')}"
+        panels.append(
+            figures.Panel("online visits", visits=np.concatenate(list(online.obs)), shortest=best.path if best else None, note=note)
+        )
+    for phase, paths in run.paths.items():
+        share = coverage.crossings([p for run_paths in paths for p in run_paths], layout)
+        note = "crossed " + ", ".join(f"{side} {part:.0%}" for side, part in share.items())
+        panels.append(figures.Panel(f"policy: {phase}", paths=[run_paths[0] for run_paths in paths], note=note))
+    figures.figure_2d(folder / "map.png", layout, panels)
+    return {
+        "crossings": {phase: [coverage.crossings(list(p), layout) for p in paths] for phase, paths in run.paths.items()},
+        "shortest_paths": [{"steps": s.steps, "side": s.side} if s else None for s in shortest],
+    }
+
+
+def _shortest(offline: Transition | None, online: Transition, r: int, layout: dict) -> coverage.ShortestPath | None:
+    parts = [jax.tree.map(lambda x: x[r], online)] + ([offline] if size(offline) else [])
+    return coverage.shortest_path(np.concatenate([p.obs for p in parts]), np.concatenate([p.next_obs for p in parts]), layout)
+
+
+def _describe(path: coverage.ShortestPath | None) -> str:
+    return f"shortest path in the data: {path.steps:.0f} steps, {path.side} the wall" if path else "no path to the goal in the data"
+
+
+def _file_name(label: Any) -> str:
+    return f"seed{label.seed}" + (f"_{label.setting.replace(' ', '_')}" if label.setting else "")
+
+
+def conclude(run: Run, env: Any, offline: Transition | None, ring: Transition | None, actors: dict[str, Any]) -> None:
+    """Ends a run: figures, policies of `actors` (name -> parameters [runs, ...]), exported experience, result.json, closing table."""
+    ring = None if ring is None else jax.device_get(ring)
+    collected = run.args.online_steps
+    for name, parameters in actors.items():
+        save_policies(run, parameters, name)
+    if run.args.export:
+        export(run, ring, collected)
+    run.finish(draw(run, env, offline, ring, collected))
+    run.close()
+
+
+def export(run: Run, ring: Transition | None, collected: int) -> None:
+    """Writes each run's online rows as the Minari dataset `<--export>-seed<k>[-<setting>]-v0`, for any offline method to learn from."""
+    if ring is None or collected > size(jax.tree.map(lambda x: x[0], ring)):
+        raise UsageError("--export needs online steps, and a buffer that holds all of them (--buffer-size 0)")
+    for r, label in enumerate(run.labels):
+        if r not in run.failed:
+            rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
+            dataset = f"{run.args.export}-{_file_name(label).replace('=', '-').replace('_', '-')}-v0"
+            datasets.export_experience(
+                dataset, rows, run.args.num_envs, description=f"{run.method} exploring {run.task}", recipe=str(run.folder)
+            )

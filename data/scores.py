@@ -1,0 +1,50 @@
+"""D4RL's reference scores, and returns normalised by them: 0 is a random policy, 100 an expert.
+
+The numbers are those of D4RL (d4rl/infos.py at 89141a6). The Gymnasium and Minari tasks of the same name share the row of
+their family, though some of them differ in physics or reward: a dataset's card says so where we know it.
+"""
+
+import re
+
+import numpy as np
+
+REFERENCES = {  # family -> (random, expert) return; the first family found in a name counts, so longer ones come first
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+    "ant": (-325.6, 3879.7),
+    "kitchen": (0.0, 4.0),
+    "maze2d-umaze-dense": (68.537689, 193.66285642381482),
+    "maze2d-medium-dense": (44.264742, 297.4552547777125),
+    "maze2d-large-dense": (30.569041, 303.4857382709002),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+    "maze2d-open": (0.01, 20.66),
+    "pen": (96.262799, 3076.8331017826877),
+    "hammer": (-274.856578, 12794.134825156867),
+    "door": (-56.512833, 2880.5693087298737),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+WITHOUT = ("sparse", "binary")  # variants whose returns are on another scale
+
+
+def reference(name: str) -> tuple[float, float] | None:
+    """(random, expert) return for an environment or dataset: `hopper-medium-v2`, `D4RL/door/human-v2`, `AdroitHandDoor-v1`, ...; None if there is none."""
+    words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"AdroitHand|Franka", "-", name).lower())
+    if any(word in words.split("-") or words.endswith(word) for word in WITHOUT) or re.search(r"sparse", words):
+        return None
+    dense = "-dense" if "dense" in words else ""
+    for family, scores in REFERENCES.items():
+        task, _, size = family.removesuffix("-dense").partition("-")
+        matches = re.search(rf"(^|-){task}(-|$)", words) and (not size or re.search(rf"(^|-){size}(-|$)", words))
+        if matches and (task != "maze2d" or family.endswith("-dense") == bool(dense)):
+            return scores
+    return None
+
+
+def normalized_score(name: str, returns) -> np.ndarray | None:
+    """100 * (return - random) / (expert - random) for each of `returns`; None where the task has no reference."""
+    scores = reference(name)
+    return None if scores is None else 100 * (np.asarray(returns, np.float64) - scores[0]) / (scores[1] - scores[0])
