@@ -13,7 +13,7 @@ the data's). As there, the policy's learning rate decays to 0 when all training 
     python algos/iql.py --dataset door_human_replayed.npz --online-steps 0       # 25 human door demonstrations
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -117,25 +117,22 @@ class Args:
     """schedule of the policy's learning rate over the offline steps; auto: cosine to 0 if there are no online steps, else none"""
     dropout: float = 0.0
     """dropout rate in the policy's hidden layers"""
-    hyper: Annotated[Hyper, tyro.conf.OmitArgPrefixes] = Hyper()
-    """traced settings"""
+    hyper: Annotated[Hyper, tyro.conf.OmitArgPrefixes] = field(default_factory=Hyper)
+    """traced settings, which --sweep can vary"""
 
 
 # The settings of IQL's paper and of OOO's Table 4 by environment family; those of the point mass are ours.
 SETTINGS = {
     "point-mass-wall": {
-        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "target_rate": 0.05,
-        "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32, "utd_ratio": 1 / 32,
+        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3,
+        "target_rate": 0.05, "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32, "utd_ratio": 1 / 32,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
     "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3},
     "antmaze": {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0},
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "reward_bias": -1.0, "offline_steps": 500_000, "online_steps": 500_000},
     "kitchen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "reward_bias": -4.0},
-    "hammer": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1},
-    "door": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1},
-    "pen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1},
-    "relocate": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1},
+    **{key: {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1} for key in ("hammer", "door", "pen", "relocate")},
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ works on every task; the critic loss sums over the two critics (there, their mea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -123,7 +123,7 @@ class Args:
     buffer_size: int = 0
     """online rows kept, a multiple of num_envs; 0: all"""
     intrinsic: Literal["rnd", "count", "none"] = "rnd"
-    """exploration bonus: random network distillation, 5 / sqrt(n(s, a) + 1) style counts (2-D tasks), or none"""
+    """exploration bonus: random network distillation, 1 / sqrt(n(s, a) + 1) by counting (2-D tasks), or none"""
     count_bins: tuple[int, int] = (100, 10)
     """cells of the count bonus per axis of position and of action; the official code's are 100 and 10"""
     rnd_variant: Literal["paper", "code"] = "paper"
@@ -148,8 +148,8 @@ class Args:
     """units of the hidden layers of all networks"""
     dropout: float = 0.0
     """dropout rate in the policy's hidden layers"""
-    hyper: Annotated[Hyper, tyro.conf.OmitArgPrefixes] = Hyper()
-    """traced settings"""
+    hyper: Annotated[Hyper, tyro.conf.OmitArgPrefixes] = field(default_factory=Hyper)
+    """traced settings, which --sweep can vary"""
 
 
 # The paper's settings by environment family (Table 4, App. B); those of the point mass, which it does not give, are ours.
@@ -164,16 +164,16 @@ SETTINGS = {
         "hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "retrain_steps": 1_000,
         "actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3,
     },
-    "antmaze": {"expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000},
+    "antmaze": {
+        "expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000,
+    },
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "online_steps": 500_000},
     "kitchen": {
         "expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "intrinsic_coef": 10.0, "reward_bias": -4.0,
         "offline_steps": 1_000_000, "online_steps": 4_000_000,
     },
     "hammer": {"expectile": 0.8, "temperature": 3.0, "offline_steps": 50_000, "online_steps": 500_000},
-    "door": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
-    "pen": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
-    "relocate": {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25_000},
+    **{key: {"expectile": 0.8, "temperature": 3.0, "dropout": 0.1, "offline_steps": 25000} for key in ("door", "pen", "relocate")},
 }  # fmt: skip
 
 

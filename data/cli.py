@@ -239,6 +239,5 @@ def chunks(args: Any, phase: str, start: int, end: int, collected: int = 0) -> l
             cuts[cut] = (old[0] or mark[0], old[1] or mark[1])
     edges = [start, *sorted(cuts)]
     return [
-        Chunk(phase, a, b - a, *cuts[b], a == start, b == end, a if phase == "online" else collected)
-        for a, b in itertools.pairwise(edges)
+        Chunk(phase, a, b - a, *cuts[b], a == start, b == end, a if phase == "online" else collected) for a, b in itertools.pairwise(edges)
     ]

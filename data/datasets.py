@@ -6,6 +6,7 @@ its source, `load` returns the same arrays, with terminations and truncations ap
 
 import difflib
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -244,7 +245,8 @@ def _validate(raw: Raw, source: str, clip_out_of_range: bool) -> None:
         share = (np.abs(raw.action) > 1 + TOLERANCE).mean()
         if not clip_out_of_range:
             raise DatasetError(
-                f"{where((excess > TOLERANCE).argmax())}: an action lies outside [-1, 1]; {share:.1%} of all entries do, by up to {excess.max():.3g}. "
+                f"{where((excess > TOLERANCE).argmax())}: an action lies outside [-1, 1]; {share:.1%} of all entries do, "
+                f"by up to {excess.max():.3g}. "
                 "Rescale them, or load with --clip-actions"
             )
         raw.notes.append(f"{share:.2%} of action entries clipped to [-1, 1], from up to {1 + excess.max():.3g}")
@@ -308,7 +310,8 @@ def check_fits(data: Dataset, obs_size: int, action_size: int, env: str) -> None
     has = data.transitions.obs.shape[1], data.transitions.action.shape[1]
     if has != (obs_size, action_size):
         raise DatasetError(
-            f"{data.card['id']} has {has[0]} observations and {has[1]} actions, {env} has {obs_size} and {action_size}: they do not belong together"
+            f"{data.card['id']} has {has[0]} observations and {has[1]} actions, {env} has {obs_size} and {action_size}: "
+            "they do not belong together"
         )
 
 
@@ -328,8 +331,8 @@ def returns_to_go(data: Dataset, discount: float) -> np.ndarray:
 def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, description: str, recipe: Any = None) -> None:
     """Writes episodes as a Minari dataset, whole or not at all.
 
-    Each episode has observations [T + 1, obs], actions [T, act] in [-1, 1], rewards, terminations and truncations [T]. `recipe` (plain types:
-    how it was made) goes into the metadata, as do D4RL's reference scores where the id names a task that has them.
+    Each episode has observations [T + 1, obs], actions [T, act] in [-1, 1], rewards, terminations and truncations [T]. `recipe`
+    (plain types: how it was made) goes into the metadata, as do D4RL's reference scores where the id names a task that has them.
     """
     root = _datasets_root()
     if (root / dataset_id).exists():
@@ -376,7 +379,7 @@ def export_experience(dataset_id: str, rows: Transition, num_envs: int, descript
         own = Transition(*(np.asarray(getattr(rows, name))[e::num_envs] for name in ("obs", "action", "reward", "next_obs", "discount")))
         goes_on = (own.discount[:-1] > 0) & (own.next_obs[:-1] == own.obs[1:]).all(axis=1)
         cuts = [0, *(np.flatnonzero(~goes_on) + 1), len(own.reward)]
-        for a, b in zip(cuts, cuts[1:]):
+        for a, b in itertools.pairwise(cuts):
             terminations = own.discount[a:b] == 0
             truncations = np.zeros(b - a, bool)
             truncations[-1] = not terminations[-1]

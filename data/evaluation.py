@@ -12,9 +12,11 @@ from data.program import Compiled
 from envs.base import Env
 from envs.rollout import rollout
 
+EVAL_SEED = 10_000  # of the first host episode: the same ones for every policy, phase and seed
+
 
 class Evaluator:
-    """`evaluator(actors, keys)` plays `--eval-episodes` episodes with the mean action of each policy; success, return, length [runs, episodes].
+    """`evaluator(actors, keys)` plays `--eval-episodes` episodes with each policy's mean action: success, return, length [runs, episodes].
 
     `act(actor, obs)` is one run's policy. `actors` are parameters with a leading axis of runs, `keys` [runs, 2]. With
     `record` (in --env only) also `obs` [runs, episodes, horizon + 1, obs], NaN after the end of an episode.
@@ -35,7 +37,8 @@ class Evaluator:
                 raise UsageError(f"--eval-env {args.eval_env}: {error}") from None
             if sizes != (obs_size, action_size):
                 raise UsageError(
-                    f"--eval-env {args.eval_env} has {sizes[0]} observations and {sizes[1]} actions, the policy {obs_size} and {action_size}"
+                    f"--eval-env {args.eval_env} has {sizes[0]} observations and {sizes[1]} actions, "
+                    f"the policy {obs_size} and {action_size}"
                 )
 
     @property
@@ -58,11 +61,9 @@ class Evaluator:
     def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, np.ndarray]:
         if not self.args.eval_env:
             return jax.device_get(self.rollout(actors, keys, record=record))
-        # The same episodes at every evaluation, apart from those of training by any seed up to 10,000.
-        seed, num_runs = 10_000 + self.args.seed, len(keys)
-        place = jax.tree.leaves(keys)[0].sharding
+        place = keys.sharding
 
         def act(obs: np.ndarray) -> np.ndarray:
             return np.asarray(self.act(actors, jax.device_put(np.float32(obs), place)))
 
-        return self.gymnasium.evaluate(self.args.eval_env, act, self.args.eval_episodes, seed, num_runs)
+        return self.gymnasium.evaluate(self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, len(keys))

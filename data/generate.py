@@ -45,8 +45,8 @@ def over_the_wall(dataset_id: str, env_name: str = "point-mass-wall", episodes: 
         length = int(done[e].argmax()) + 1
         ended = termination[e, :length] > 0
         written.append({
-            "observations": np.concatenate([obs[e, :1], next_obs[e, :length]]), "actions": action[e, :length], "rewards": reward[e, :length],
-            "terminations": ended, "truncations": (done[e, :length] > 0) & ~ended,
+            "observations": np.concatenate([obs[e, :1], next_obs[e, :length]]), "actions": action[e, :length],
+            "rewards": reward[e, :length], "terminations": ended, "truncations": (done[e, :length] > 0) & ~ended,
         })  # fmt: skip
     recipe = f"way-points {WAYPOINTS.tolist()}, action noise {NOISE}, seed {seed}, {episodes} episodes in {env_name}"
     datasets.write_minari(dataset_id, written, description="Noisy demonstrations over the wall (OOO, section 5.1)", recipe=recipe)

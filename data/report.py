@@ -51,7 +51,8 @@ def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None
         found = [s for s in shortest if s]
         best = min(found, key=lambda s: s.steps) if found else None
         sides = [s.side if s else "none" for s in shortest]
-        note = f"shortest path in the data of {len(sides)} runs: under {sides.count('under')}, over {sides.count('over')}, none {sides.count('none')}"
+        counts = ", ".join(f"{side} {sides.count(side)}" for side in ("under", "over", "none"))
+        note = f"shortest path in the data of {len(sides)} runs: {counts}"
         panels.append(
             figures.Panel("online visits", visits=np.concatenate(list(online.obs)), shortest=best.path if best else None, note=note)
         )

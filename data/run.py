@@ -237,7 +237,8 @@ class Run:
             for setting in dict.fromkeys(label.setting for label in self.labels)
         }
         result = {
-            "method": self.method, "env": self.args.env, "eval_env": self.args.eval_env or self.args.env, "dataset": self.card["id"], "num_seeds": self.args.num_seeds,
+            "method": self.method, "env": self.args.env, "eval_env": self.args.eval_env or self.args.env,
+            "dataset": self.card["id"], "num_seeds": self.args.num_seeds,
             "seeds": [label.seed for label in self.labels],
             "phases": {**{name: {} for name in ("offline", "online", "retrained")}, **self.phases},
             "failed": {str(r): text for r, text in self.failed.items()},

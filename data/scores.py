@@ -31,7 +31,7 @@ WITHOUT = ("sparse", "binary")  # variants whose returns are on another scale
 
 
 def reference(name: str) -> tuple[float, float] | None:
-    """(random, expert) return for an environment or dataset: `hopper-medium-v2`, `D4RL/door/human-v2`, `AdroitHandDoor-v1`, ...; None if there is none."""
+    """(random, expert) return of an environment or dataset, e.g. `hopper-medium-v2`, `D4RL/door/human-v2`, `AdroitHandDoor-v1`; or None."""
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"AdroitHand|Franka", "-", name).lower())
     if any(word in words.split("-") or words.endswith(word) for word in WITHOUT) or re.search(r"sparse", words):
         return None

@@ -1,4 +1,4 @@
-"""Point mass and wall, the didactic task of the OOO paper (arXiv 2310.08558, section 5.1): the data lead over a wall, the short way is under.
+"""Point mass and wall, the didactic task of OOO (arXiv 2310.08558, section 5.1): the data lead over a wall, the short way is under.
 
 Constants are those of the official code (envs/point_mass_wall.py at MaxSobolMark/OOO b1424a2), whose class cannot run as
 released. The paper and that code differ, and each choice is a setting here:
