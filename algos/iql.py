@@ -124,11 +124,11 @@ class Args:
 # The settings of IQL's paper and of OOO's Table 4 by environment family; those of the point mass are ours.
 SETTINGS = {
     "point-mass-wall": {
-        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3,
-        "target_rate": 0.05, "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32, "utd_ratio": 1 / 32,
+        "hidden": (64, 64), "expectile": 0.9, "temperature": 5.0, "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3,
+        "target_rate": 0.05, "offline_steps": 5_000, "online_steps": 2_880_000, "num_envs": 48, "utd_ratio": 1 / 48,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
-    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3},
+    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000},
     "antmaze": {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0},
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "reward_bias": -1.0, "offline_steps": 500_000, "online_steps": 500_000},
     "kitchen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "reward_bias": -4.0},

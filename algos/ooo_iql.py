@@ -155,15 +155,12 @@ class Args:
 # The paper's settings by environment family (Table 4, App. B); those of the point mass, which it does not give, are ours.
 SETTINGS = {
     "point-mass-wall": {
-        "intrinsic": "count", "intrinsic_coef": 5.0, "count_bins": (30, 4), "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0,
+        "intrinsic": "count", "intrinsic_coef": 10.0, "count_bins": (20, 4), "hidden": (64, 64), "expectile": 0.9, "temperature": 5.0,
         "actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "target_rate": 0.05, "upsample": 8 / 256,
-        "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32, "utd_ratio": 1 / 32, "retrain_steps": 30_000,
+        "offline_steps": 5_000, "online_steps": 2_880_000, "num_envs": 48, "utd_ratio": 1 / 48, "retrain_steps": 24_000,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
-    "probe": {
-        "hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "retrain_steps": 1_000,
-        "actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3,
-    },
+    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "retrain_steps": 1_000},
     "antmaze": {
         "expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000,
     },
@@ -319,12 +316,10 @@ class NoBonus:
         return ()
 
     def observe(self, state, rows: Transition):
-        """Takes note of rows that have just been collected."""
-        return state
+        return state  # with the rows just collected taken note of
 
     def learn(self, state, batch: Transition, learning_rate):
-        """Learns from a batch that the agent is about to learn from."""
-        return state
+        return state  # after learning from the batch that the agent learns from next
 
     def reward(self, state, batch: Transition) -> jax.Array:
         """Bonus [B]."""
@@ -510,12 +505,11 @@ def explore_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition 
 
 def retrain_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition | None, added: jax.Array, *, length: int):
     """`length` gradient steps of the exploiter on the task reward of the offline rows and the `added` [] online ones."""
-    args, ring = setup.args, state.ring
+    args, ring, q_bounds = setup.args, state.ring, (-jnp.inf, jnp.inf)
     filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
     reward = jnp.concatenate([rows.reward for rows in (offline, ring) if rows is not None])
     seen = jnp.arange(len(reward)) < filled
     low, high = jnp.min(reward, where=seen, initial=jnp.inf), jnp.max(reward, where=seen, initial=-jnp.inf)
-    q_bounds = (-jnp.inf, jnp.inf)
     if args.bound_q:
         q_bounds = tuple((hyper.reward_scale * r + hyper.reward_bias) / (1 - hyper.discount) for r in (low, high))
     best = seen & (reward == high)

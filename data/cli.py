@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def parse(args_type: type, settings: dict[str, dict], argv: list[str] | None = N
     argv = sys.argv[1:] if argv is None else argv
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--env", "--dataset", "--online-steps", "--resume"):
-        early.add_argument(flag, default="")
+        early.add_argument(flag, flag[:2] + flag[2:].replace("-", "_"), default="")  # as tyro does, it takes both spellings
     known, _ = early.parse_known_args(argv)
     if known.resume:
         return _parse_resumed(args_type, argv, known.resume)
@@ -88,7 +89,11 @@ def _parse_resumed(args_type: type, argv: list[str], folder: str) -> Any:
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise UsageError(f"--resume {folder}: no config.json there, so this is not a run's folder")
-    saved = from_json(args_type, json.loads(path.read_text())["settings"])
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UsageError(f"--resume {folder}: its config.json is damaged ({error})") from None
+    saved = from_json(args_type, settings)
     asked = tyro.cli(args_type, args=argv, default=saved)
     saved = dataclasses.replace(saved, resume=folder)
     for ours, theirs in ((_flat(asked), _flat(saved)),):
@@ -126,8 +131,17 @@ def check(args: Any) -> None:
         ("retrain_steps", 0), ("eval_every", 0), ("checkpoint_every", 0), ("buffer_size", 0), ("upsample", 0), ("dropout", 0),
     ):  # fmt: skip
         value = getattr(args, name, least)
-        if value < least:
+        if not value >= least:
             raise UsageError(f"{_flag(name)} must be at least {least}, not {value}")
+    if getattr(args, "upsample", 0) > 1 or args.dropout >= 1:
+        raise UsageError("--upsample is a share of the batch, at most 1, and --dropout a rate below 1")
+    if min(getattr(args, "count_bins", (1,))) < 1:
+        raise UsageError(f"--count-bins must be at least 1 1, not {args.count_bins}")
+    if args.env != "none":
+        try:
+            envs.make(args.env, args.physics)
+        except ValueError as error:
+            raise UsageError(f"--env {args.env}: {error}") from None
     if args.offline_steps == args.online_steps == getattr(args, "retrain_steps", 0) == 0:
         raise UsageError("nothing to do: --offline-steps, --online-steps and --retrain-steps are all 0")
     if args.offline_steps and args.dataset == "none":
@@ -137,11 +151,6 @@ def check(args: Any) -> None:
             raise UsageError(f"--hidden needs at least one layer of at least one unit, not {args.hidden}")
     if args.env == "none" and args.online_steps:
         raise UsageError(f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, --online-steps 0")
-    if args.env != "none":
-        try:
-            envs.make(args.env, args.physics)
-        except ValueError as error:
-            raise UsageError(f"--env {args.env}: {error}") from None
     updates = args.num_envs * args.utd_ratio
     if args.online_steps and (updates < 1 or updates != round(updates)):
         raise UsageError(
@@ -157,7 +166,20 @@ def check(args: Any) -> None:
     for steps in getattr(args, "retrain_at", ()):
         if not 0 <= steps <= args.online_steps:
             raise UsageError(f"--retrain-at {steps} is outside 0 .. --online-steps {args.online_steps}")
-    grid(args)
+    if getattr(args, "retrain_steps", 0) and args.dataset == "none" and min(args.retrain_at or (args.online_steps,)) == 0:
+        raise UsageError("--retrain-steps before any online step needs --dataset: there is nothing to learn from yet")
+    _, labels = grid(args)
+    if args.export:
+        if not args.online_steps or 0 < args.buffer_size < args.online_steps:
+            raise UsageError("--export needs online steps, and a buffer that holds all of them (--buffer-size 0)")
+        for label in labels:
+            datasets.check_free(export_id(args, label))
+
+
+def export_id(args: Any, label: "RunLabel") -> str:
+    """The Minari id under which `--export` writes one run's experience."""
+    setting = "".join("-" + re.sub(r"[^\w-]", "_", word.replace("=", "-")) for word in label.setting.split())
+    return f"{args.export}-seed{label.seed}{setting}-v0"
 
 
 def _flag(name: str) -> str:
@@ -193,6 +215,8 @@ def grid(args: Any) -> tuple[Any, list[RunLabel]]:
     for item in args.sweep:
         name, _, values = item.partition("=")
         name = name.replace("-", "_")
+        if name in swept:
+            raise UsageError(f"--sweep {item}: {name.replace('_', '-')} is swept twice; list all its values in one")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3) or names
             raise UsageError(f"--sweep {item}: {name!r} is not a traced setting; did you mean {', '.join(near)}?")

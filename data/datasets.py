@@ -7,11 +7,13 @@ its source, `load` returns the same arrays, with terminations and truncations ap
 import difflib
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ import h5py
 import minari
 import numpy as np
 from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_storage import MinariStorage
+from minari.dataset.minari_dataset import parse_dataset_id
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +64,7 @@ class Raw:
     end: np.ndarray
     notes: list[str]
     recipe: Any = None
+    row: np.ndarray | None = None  # of the file, where some were dropped
 
 
 def load(name: str, *, clip_actions: float = LIMIT, clip_out_of_range: bool = False) -> Dataset:
@@ -93,7 +96,7 @@ def _read_file(path: pathlib.Path) -> Raw:
         else:
             with h5py.File(path, "r") as file:
                 arrays = {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"{path}: damaged or not such a file ({error}); copy or download it again") from None
     for key in ("observations", "actions", "rewards"):
         if key not in arrays:
@@ -128,12 +131,14 @@ def _d4rl(arrays: dict, path: str) -> Raw:
         rows = rows[known]
         notes.append(f"{dropped} rows at timeouts dropped: their next observations are not stored")
     take = lambda x: np.asarray(x)[rows]  # noqa: E731
-    return Raw(*map(take, (obs, arrays["actions"], arrays["rewards"], next_obs, flags["terminals"], end)), notes)
+    return Raw(*map(take, (obs, arrays["actions"], arrays["rewards"], next_obs, flags["terminals"], end)), notes, row=rows)
 
 
 def _whole_episodes(arrays: dict, path: str) -> Raw:
     """Episodes end to end: T actions each and T + 1 observations (`obs_starts`), or T, of which the last row has no next one."""
     lengths = np.asarray(arrays["episode_lengths"], np.int64)
+    if (lengths < 1).any():
+        raise DatasetError(f"{path}: episode {(lengths < 1).argmax()} has the length {lengths.min()}; drop empty episodes")
     n, num_obs = int(lengths.sum()), len(arrays["observations"])
     if len(arrays["actions"]) != n or len(arrays["rewards"]) != n:
         raise DatasetError(
@@ -144,19 +149,23 @@ def _whole_episodes(arrays: dict, path: str) -> Raw:
         raise DatasetError(
             f"{path}: {num_obs} observations for {n} actions in {len(lengths)} episodes; expected as many, or one more per episode"
         )
+    terminals = np.asarray(arrays.get("terminals", np.zeros(n)), bool).reshape(-1)
+    if len(terminals) != n:
+        raise DatasetError(f"{path}: terminals has {len(terminals)} rows, rewards {n}")
     starts = np.cumsum(lengths + extra) - (lengths + extra)
-    used = lengths - (1 - extra)
+    # A terminated row's next observation is never used, so it may be missing.
+    used = lengths if extra else lengths - ~terminals[np.cumsum(lengths) - 1]
     first_row = np.cumsum(lengths) - lengths
     index = np.concatenate([np.arange(s, s + k) for s, k in zip(starts, used)]) if n else np.zeros(0, int)
     rows = np.concatenate([np.arange(s, s + k) for s, k in zip(first_row, used)]) if n else np.zeros(0, int)
     end = np.zeros(len(rows), bool)
     end[np.cumsum(used) - 1] = True
     obs = np.asarray(arrays["observations"])
-    termination = np.asarray(arrays.get("terminals", np.zeros(n)), bool)[rows]
-    notes = [] if extra else [f"{len(lengths)} last rows of episodes dropped: their next observations are not stored"]
-    return Raw(
-        obs[index], np.asarray(arrays["actions"])[rows], np.asarray(arrays["rewards"])[rows], obs[index + 1], termination, end, notes
-    )
+    next_obs = obs[np.minimum(index + 1, np.repeat(starts + lengths + extra - 1, used))]
+    dropped = n - len(rows)
+    notes = [f"{dropped} last rows of episodes dropped: their next observations are not stored"] if dropped else []
+    action, reward = (np.asarray(arrays[key])[rows] for key in ("actions", "rewards"))
+    return Raw(obs[index], action, reward, next_obs, terminals[rows], end, notes, row=rows)
 
 
 def _datasets_root() -> pathlib.Path:
@@ -168,7 +177,11 @@ def _minari_file(name: str) -> pathlib.Path:
 
     file = _datasets_root() / name / "data" / "main_data.hdf5"
     if not file.is_file() and name in GENERATED:
-        GENERATED[name](name)
+        try:
+            GENERATED[name](name)
+        except (DatasetError, OSError):
+            if not file.is_file():  # else another process was quicker
+                raise
     if not file.is_file():
         root = _datasets_root()
         known = sorted({*GENERATED, *(str(p.parents[1].relative_to(root)) for p in root.rglob("main_data.hdf5"))})
@@ -196,11 +209,11 @@ def _read_minari(path: pathlib.Path, name: str) -> Raw:
                 end = termination | truncation
                 end[-1:] = True
                 parts.append((obs[:-1], action, reward, obs[1:], termination.astype(bool), end))
-    except (OSError, KeyError) as error:
+        metadata = json.loads((path.parent / "metadata.json").read_text())
+    except (OSError, KeyError, json.JSONDecodeError) as error:
         raise DatasetError(f"{path}: damaged ({error}); delete {name} and make or download it again") from None
     if not parts:
         raise DatasetError(f"{path}: no episodes")
-    metadata = MinariStorage.read(path.parent).metadata
     return Raw(
         *(np.concatenate(column) for column in zip(*parts)), sorted(set(notes)), metadata.get("recipe") or metadata.get("description")
     )
@@ -233,7 +246,8 @@ def _validate(raw: Raw, source: str, clip_out_of_range: bool) -> None:
     if raw.obs.shape != raw.next_obs.shape:
         raise DatasetError(f"{source}: observations are {raw.obs.shape[1:]}, next observations {raw.next_obs.shape[1:]}")
     episode, step = _episodes(raw.end)
-    where = lambda row: f"{source}: episode {episode[row]}, step {step[row]} (row {row})"  # noqa: E731
+    in_file = np.arange(n) if raw.row is None else raw.row
+    where = lambda row: f"{source}: episode {episode[row]}, step {step[row]} (row {in_file[row]})"  # noqa: E731
     for name in ("obs", "action", "reward", "next_obs"):
         bad = ~np.isfinite(getattr(raw, name)).reshape(n, -1).all(axis=1)
         if bad.any():
@@ -328,6 +342,23 @@ def returns_to_go(data: Dataset, discount: float) -> np.ndarray:
 # --- writing ---
 
 
+def exists(dataset_id: str) -> bool:
+    return (_datasets_root() / dataset_id).exists()
+
+
+def check_free(dataset_id: str) -> None:
+    """Raises DatasetError if there is a dataset of this name already, or can be none."""
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+    if exists(dataset_id):
+        raise DatasetError(
+            f"the dataset {dataset_id} exists already in {_datasets_root()}; "
+            f"delete it with `minari delete {dataset_id}`, or choose another id"
+        )
+
+
 def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, description: str, recipe: Any = None) -> None:
     """Writes episodes as a Minari dataset, whole or not at all.
 
@@ -335,10 +366,7 @@ def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, desc
     (plain types: how it was made) goes into the metadata, as do D4RL's reference scores where the id names a task that has them.
     """
     root = _datasets_root()
-    if (root / dataset_id).exists():
-        raise DatasetError(
-            f"the dataset {dataset_id} exists already in {root}; delete it with `minari delete {dataset_id}`, or choose another id"
-        )
+    check_free(dataset_id)
     obs, action = (episodes[0][key].shape[1] for key in ("observations", "actions"))
     buffers = [
         EpisodeBuffer(
@@ -352,21 +380,22 @@ def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, desc
     base, _, version = dataset_id.rpartition("-v")
     temporary = f"{base}-unfinished{os.getpid()}-v{version}"
     try:
-        warnings.simplefilter("ignore", UserWarning)  # Minari's advice on metadata that a dataset of ours has elsewhere
-        written = minari.create_dataset_from_buffers(
-            temporary, buffers, description=description, author={"ooo-rl"},
-            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (obs,), np.float32),
-            action_space=gymnasium.spaces.Box(-1, 1, (action,), np.float32), requirements=[],
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Minari's advice on metadata that a dataset of ours has elsewhere
+            written = minari.create_dataset_from_buffers(
+                temporary, buffers, description=description, author={"ooo-rl"},
+                observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (obs,), np.float32),
+                action_space=gymnasium.spaces.Box(-1, 1, (action,), np.float32), requirements=[],
+            )  # fmt: skip
         scores = reference(dataset_id)
         extra = {"recipe": str(recipe or ""), **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {})}
         written.storage.update_metadata(extra)
+        metadata = root / temporary / "data" / "metadata.json"
+        metadata.write_text(metadata.read_text().replace(temporary, dataset_id))
         (root / temporary).rename(root / dataset_id)
     except BaseException:
         shutil.rmtree(root / temporary, ignore_errors=True)
         raise
-    path = root / dataset_id / "data" / "metadata.json"
-    path.write_text(path.read_text().replace(temporary, dataset_id))
 
 
 def export_experience(dataset_id: str, rows: Transition, num_envs: int, description: str = "", recipe: Any = None) -> None:

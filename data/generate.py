@@ -73,6 +73,8 @@ def main() -> None:
     args = tyro.cli(Args)
     if args.dataset not in GENERATED:
         raise cli.UsageError(f"--dataset {args.dataset}: not one of {', '.join(GENERATED)}")
+    if args.episodes < 1:
+        raise cli.UsageError(f"--episodes must be at least 1, not {args.episodes}")
     GENERATED[args.dataset](args.id or args.dataset, episodes=args.episodes, seed=args.seed)
     datasets.print_card(datasets.load(args.id or args.dataset).card)
 

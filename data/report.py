@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data import coverage, datasets, figures, policy
+from data import cli, coverage, datasets, figures, policy
 from data.buffer import Transition, size
-from data.cli import UsageError
 from data.run import Run
 
 
@@ -61,6 +60,10 @@ def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None
         note = "crossed " + ", ".join(f"{side} {part:.0%}" for side, part in share.items())
         panels.append(figures.Panel(f"policy: {phase}", paths=[run_paths[0] for run_paths in paths], note=note))
     figures.figure_2d(folder / "map.png", layout, panels)
+    if {"offline", "online", "retrained"} <= run.paths.keys():
+        by_title = {panel.title.removeprefix("policy: "): panel for panel in panels}
+        stages = [by_title[name] for name in ("offline", "online visits", "retrained")]
+        figures.framework(folder / "framework.png", layout, stages, rows=(size(offline), collected))
     return {
         "crossings": {phase: [coverage.crossings(list(p), layout) for p in paths] for phase, paths in run.paths.items()},
         "shortest_paths": [{"steps": s.steps, "side": s.side} if s else None for s in shortest],
@@ -94,12 +97,11 @@ def conclude(run: Run, env: Any, offline: Transition | None, ring: Transition | 
 
 def export(run: Run, ring: Transition | None, collected: int) -> None:
     """Writes each run's online rows as the Minari dataset `<--export>-seed<k>[-<setting>]-v0`, for any offline method to learn from."""
-    if ring is None or collected > size(jax.tree.map(lambda x: x[0], ring)):
-        raise UsageError("--export needs online steps, and a buffer that holds all of them (--buffer-size 0)")
     for r, label in enumerate(run.labels):
-        if r not in run.failed:
+        dataset = cli.export_id(run.args, label)
+        written = run.args.resume and datasets.exists(dataset)  # by this run, just before it was interrupted
+        if r not in run.failed and not written:
             rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
-            dataset = f"{run.args.export}-{_file_name(label).replace('=', '-').replace('_', '-')}-v0"
             datasets.export_experience(
                 dataset, rows, run.args.num_envs, description=f"{run.method} exploring {run.task}", recipe=str(run.folder)
             )

@@ -61,6 +61,10 @@ class Run:
             raise cli.UsageError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}") from None
         except (NotADirectoryError, PermissionError) as error:
             raise cli.UsageError(f"--runs-dir {self.args.runs_dir}: cannot make a folder there ({error.strerror})") from None
+        write_json(folder / "dataset.json", self.card)
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+        # Last: a folder with settings is one that can be resumed.
         write_json(folder / "config.json", {
             "method": self.method,
             "settings": cli.to_json(self.args),
@@ -69,9 +73,6 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "devices": [str(d) for d in jax.devices()],
         })  # fmt: skip
-        write_json(folder / "dataset.json", self.card)
-        with (folder / "metrics.csv").open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
         return folder
 
     # --- while it runs ---
@@ -94,12 +95,8 @@ class Run:
                 self.bar.update(self.row, completed=chunk.start + chunk.length)
 
     def log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
-        """Appends one row per metric and run; values are [runs]. A run whose metrics or parameters went bad is told of once."""
+        """Appends one row per metric and run; values are [runs]."""
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-        bad_at = metrics.pop("nonfinite_at", np.full(len(self.labels), -1))
-        for r in np.flatnonzero(bad_at >= 0):
-            names = [name for name, value in metrics.items() if not np.isfinite(value[r])]
-            self.fail(int(r), f"{phase}, step {step}", f"{', '.join(names)} not finite since step {int(bad_at[r])} of this chunk")
         write = csv.writer(self.metrics)
         for name, values in metrics.items():
             write.writerows((phase, step, label.seed, label.setting, name, repr(float(v))) for label, v in zip(self.labels, values))
@@ -112,11 +109,10 @@ class Run:
         result = {
             name: [_finite_or_none(v) for v in np.asarray(tally[name], np.float64).mean(axis=1)] for name in ("success", "return", "length")
         }
-        for r in self.failed:
-            result = {name: [None if i == r else v for i, v in enumerate(values)] for name, values in result.items()}
         score = normalized_score(self.args.eval_env or self.args.env, np.asarray(tally["return"], np.float64).mean(axis=1))
         if score is not None:
             result["normalized_score"] = [_finite_or_none(v) for v in np.atleast_1d(score)]
+        result = {name: [None if r in self.failed else v for r, v in enumerate(values)] for name, values in result.items()}
         self.phases[phase] = result
         self.log(phase, step, {f"eval/{name}": [math.nan if v is None else v for v in values] for name, values in result.items()})
         note = "  ".join(f"{name} {statistics.summarise(_numbers(result[name]))['iqm']:.2f}" for name in ("success", "return", "length"))
@@ -127,25 +123,25 @@ class Run:
     def keep_paths(self, phase: str, paths: np.ndarray) -> None:
         """Keeps a phase's paths [runs, episodes, steps, 2] for the map, in `paths.npz`."""
         self.paths[phase] = paths
-        np.savez_compressed(self.folder / "paths.npz", **self.paths)
+        temporary = self.folder / "paths.tmp.npz"
+        np.savez_compressed(temporary, **self.paths)
+        os.replace(temporary, self.folder / "paths.npz")
 
-    def fail(self, r: int, where: str, what: str) -> None:
-        """Notes that run `r` broke; the others go on. Stops everything when none is left."""
-        if r not in self.failed:
-            self.failed[r] = f"{where}: {what}"
-            label = self.labels[r]
-            print(f"seed {label.seed} {label.setting} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
-        if len(self.failed) == len(self.labels):
-            raise cli.UsageError(f"every seed broke, the last in {self.failed[r]}; lower the learning rates or look into {self.folder}")
-
-    def check_parameters(self, phase: str, step: int, parameters: Any) -> bool:
-        """Looks for NaN and infinities in [runs, ...] leaves, names the first tensor of each broken run; True if one broke just now."""
-        before = len(self.failed)
-        finite = jax.device_get(_finite_leaves(parameters))
-        for path, ok in jax.tree_util.tree_leaves_with_path(finite):
+    def find_broken(self, chunk: cli.Chunk, metrics: dict[str, Any], parameters: Any) -> list[int]:
+        """Notes and returns the runs that broke in `chunk`: whose metrics [runs] or `parameters` [runs, ...] are not finite."""
+        bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(len(self.labels))]
+        for path, ok in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(parameters))):
             for r in np.flatnonzero(~ok):
-                self.fail(int(r), f"{phase}, step {step}", f"parameter {jax.tree_util.keystr(path)} is not finite")
-        return len(self.failed) > before
+                bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
+        new = [r for r, names in enumerate(bad) if names and r not in self.failed]
+        for r in new:
+            first, end = int(metrics["nonfinite_at"][r]), chunk.start + chunk.length
+            since = f"step {end}" if first < 0 else f"iteration {first} after step {chunk.start}"
+            more = f" and {len(bad[r]) - 8} more" if len(bad[r]) > 8 else ""
+            self.failed[r] = f"{chunk.phase}, step {end}: not finite since {since}: {', '.join(bad[r][:8])}{more}"
+            label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
+            print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
+        return new
 
     def after(self, chunk: cli.Chunk, metrics: dict, agent: Any, state: Any, position: int, evaluate: Any, keys: jax.Array) -> None:
         """What is due after each chunk: log, look for broken runs, evaluate, and save a checkpoint, which thus holds all before it.
@@ -156,10 +152,14 @@ class Run:
         online = chunk.phase == "online"
         self.updates += num_runs * round(chunk.length * (self.args.utd_ratio if online else 1))
         self.env_steps += num_runs * chunk.length * online
-        self.log(chunk.phase, step, metrics)
-        if self.check_parameters(chunk.phase, step, agent):
+        self.log(chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"})
+        if broken := self.find_broken(chunk, jax.device_get(metrics), agent):
             with ocp.StandardCheckpointer() as checkpointer:  # for inspection; the run itself goes on
                 checkpointer.save((self.folder / f"broken_{chunk.phase}_{step}").absolute(), state, force=True)
+            if len(self.failed) == num_runs:
+                raise cli.UsageError(
+                    f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or look into {self.folder}"
+                )
         if chunk.evaluate and evaluate.possible:
             # Apart from the keys of training; the same starts for every phase and step.
             tally = evaluate(agent.actor, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), record=chunk.last and evaluate.has_map)

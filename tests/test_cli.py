@@ -1,0 +1,306 @@
+"""Bad input is refused before anything compiles, with one line that says what to do; good input becomes the settings it names."""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algos import iql, ooo_iql
+from data import cli, datasets
+from data.program import Compiled
+
+REPO = pathlib.Path(__file__).parents[1]
+FAMILIES = ooo_iql.SETTINGS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        for name in ("JAX_COMPILATION_CACHE_DIR", "MINARI_DATASETS_PATH"):
+            if name not in os.environ:
+                patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        yield
+
+
+def parse(*flags, module=ooo_iql, families=FAMILIES):
+    return cli.parse(module.Args, families, list(flags))
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a script with flags that must be refused before anything compiles or any folder is made; returns the error."""
+
+    def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs"):
+        monkeypatch.setattr(Compiled, "program", lambda *_, **__: pytest.fail("compiled before the error"))
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--runs-dir", str(runs_dir)])
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit:
+            cli.guarded(module.main)
+        err = capsys.readouterr().err
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]  # a library may warn while it is imported
+        assert exit.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--env point-mas-wall", r"--env point-mas-wall: .*did you mean point-mass-wall"),
+        ("--dataset ooo/point-mass-wall/ovr-v0", r"unknown dataset 'ooo/point-mass-wall/ovr-v0'.*over-v0"),
+        ("--dataset absent.npz", "absent.npz: there is no such file"),
+        ("--physics mjx", "no engine to choose"),
+        ("--offline-steps -1", "--offline-steps must be at least 0, not -1"),
+        ("--online-steps -32", "--online-steps must be at least 0"),
+        ("--retrain-steps -5", "--retrain-steps must be at least 0"),
+        ("--num-seeds 0", "--num-seeds must be at least 1, not 0"),
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--eval-episodes 0", "--eval-episodes must be at least 1"),
+        ("--hidden 0", "--hidden needs"),
+        ("--dropout 1", "--dropout"),
+        ("--dropout nan", "--dropout"),
+        ("--upsample 1.5", "--upsample"),
+        ("--count-bins 0 4", "--count-bins"),
+        ("--online-steps 100", "--online-steps 100 is not a multiple of --num-envs 32; the next one is 128"),
+        ("--buffer-size 100", "--buffer-size 100 is not a multiple"),
+        ("--num-envs 32 --utd-ratio 0.04", "1.28 gradient steps"),
+        ("--num-envs 32 --utd-ratio 0.01", "at least 1"),
+        ("--sweep actr-lr=1", "'actr_lr' is not a traced setting; did you mean actor_lr"),
+        ("--sweep actor-lr=fast", "write NAME=NUMBER"),
+        ("--sweep actor-lr", "write NAME=NUMBER"),
+        ("--sweep actor-lr=1e-3 actor_lr=1e-4", "actor-lr is swept twice"),
+        ("--retrain-at 3200000", "--retrain-at 3200000 is outside"),
+        ("--retrain-at 33", "--retrain-at 33 is not a multiple"),
+        ("--dataset none --offline-steps 0 --retrain-at 0", "nothing to learn from"),
+        ("--dataset none", "--offline-steps 3000 needs --dataset"),
+        ("--offline-steps 0 --online-steps 0 --retrain-steps 0", "nothing to do"),
+        ("--env none --online-steps 32 --num-envs 32 --dataset x.npz", "--online-steps 32 needs --env"),
+        ("--env probe-match-obs --offline-steps 0 --intrinsic count", "--intrinsic count needs a 2-D task"),
+        ("--eval-env NoSuch-v1", "--eval-env NoSuch-v1: "),
+        ("--eval-env Pendulum-v1", "--eval-env Pendulum-v1 has 3 observations and 1 actions, the policy 2 and 2"),
+        ("--export ooo/x --buffer-size 320", "--export needs online steps, and a buffer that holds all"),
+        ("--export ooo/a.b", "Malformed dataset ID: ooo/a.b-seed0-v0"),
+        ("--export ooo/x --online-steps 0", "--export needs online steps"),
+    ],
+)
+def test_bad_flags(refused, flags, message):
+    assert re.search(message, refused(*flags.split()))
+
+
+@pytest.mark.parametrize("flags", ["--num-seeds 0", "--env nowhere", "--sweep intrinsic-coef=1", "--online-steps 100"])
+def test_bad_flags_of_iql(refused, flags):
+    refused(*flags.split(), module=iql)
+
+
+def write(path, change=None, obs=2, act=2, n=50):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(n, obs)), "actions": rng.uniform(-1, 1, (n, act)), "rewards": np.zeros(n),
+        "terminals": np.zeros(n, bool), "timeouts": np.arange(n) % 10 == 9,
+    }  # fmt: skip
+    if change:
+        name, row, value = change
+        arrays[name][row] = value
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, value in arrays.items():
+                file[key] = value
+    return path
+
+
+def test_bad_datasets(refused, tmp_path):
+    assert "has 3 observations and 2 actions, point-mass-wall has 2 and 2" in refused("--dataset", write(tmp_path / "a.npz", obs=3))
+    assert re.search(r"\(row 12\): reward is not finite", refused("--dataset", write(tmp_path / "b.npz", ("rewards", 12, np.nan))))
+    assert re.search(r"\(row 3\): an action lies outside", refused("--dataset", write(tmp_path / "c.hdf5", ("actions", 3, 2.0))))
+    path = write(tmp_path / "d.hdf5")
+    path.write_bytes(path.read_bytes()[:-500])
+    assert "d.hdf5: damaged" in refused("--dataset", path)
+
+
+def test_an_existing_run_is_refused_and_left_alone(refused, tmp_path):
+    folder = tmp_path / "runs/ooo_iql/point-mass-wall/mine"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("precious")
+    assert "exists already" in refused("--name", "mine")
+    assert (folder / "metrics.csv").read_text() == "precious" and len(list(folder.iterdir())) == 1
+
+
+def test_a_runs_dir_that_is_a_file(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot make a folder there" in refused(runs_dir=tmp_path / "file")
+
+
+def test_an_export_over_an_existing_dataset_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari/ooo/x-seed1-v0").mkdir(parents=True)
+    assert "ooo/x-seed1-v0 exists already" in refused("--export", "ooo/x")
+    assert datasets.exists(cli.export_id(parse("--export", "ooo/y"), cli.RunLabel(1, ""))) is False
+
+
+def test_resume_mismatch_and_no_run(refused, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert "not a run's folder" in refused("--resume", folder)
+    (folder / "config.json").write_text(json.dumps({"settings": cli.to_json(parse("--runs-dir", str(tmp_path / "runs")))}))
+    assert "num_seeds is 5 there and 3 here" in refused("--resume", folder, "--num-seeds", "3")
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refused("--resume", folder)
+
+
+@pytest.mark.parametrize("flags", ["--env point-mas-wall", "--sweep actr-lr=1 --dataset none"])
+def test_exit_code_and_one_line_as_a_process(tmp_path, flags):
+    command = [sys.executable, REPO / "algos/ooo_iql.py", *flags.split(), "--runs-dir", tmp_path / "runs"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("room", ["none at all", "for all but checkpoints"])
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path, room):
+    folder = tmp_path / "runs/ooo_iql/point-mass-wall/it"
+    command = [sys.executable, REPO / "algos/ooo_iql.py"]
+    flags = (
+        "--hidden 32 32 --num-seeds 1 --batch-size 16 --offline-steps 40 --online-steps 9600 --num-envs 8 --utd-ratio 0.125 "
+        "--retrain-steps 40 --eval-episodes 1 --eval-every 9600 --checkpoint-every 400 --name it"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *flags.split(), "--runs-dir", tmp_path / "runs"], **pipes)
+    steps = lambda: [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]  # noqa: E731
+    while not any(int(p.name) > 2 for p in steps()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    size = 1 if room == "none at all" else 40_000  # a limit on each file stands in for the disk's: such writes fail alike
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    _, err = process.communicate(timeout=120)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(errors) == 1 and "no room left" in errors[0], err
+    assert "Traceback" not in err.split("error: ")[0]
+    assert (room == "none at all") or "checkpoint" in errors[0]
+    assert not (folder / "result.json").exists() and steps()
+    found = subprocess.run([*command, "--resume", folder], **pipes, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert (folder / "result.json").exists()
+
+
+# --- what the flags become ---
+
+
+def test_family_defaults_and_explicit_flags():
+    args = parse()
+    assert (args.env, args.dataset) == ("point-mass-wall", "ooo/point-mass-wall/over-v0")
+    assert (args.hidden, args.num_envs, args.intrinsic, args.hyper.expectile) == ((64, 64), 32, "count", 0.9)
+    args = parse("--expectile", "0.6", "--num-envs", "64", "--intrinsic", "rnd")
+    assert (args.hyper.expectile, args.num_envs, args.intrinsic, args.hyper.temperature) == (0.6, 64, "rnd", 10.0)
+    args = parse("--env", "probe-match-obs", "--offline-steps", "0")
+    assert (args.dataset, args.hidden, args.online_steps, args.hyper.actor_lr) == ("none", (32, 32), 8_000, 3e-3)
+    assert parse("--offline-steps", "0").dataset == "none"
+
+
+def test_the_longer_prefix_wins():
+    assert (parse().hyper.reward_bias, parse("--env", "point-mass-wall-sparse").hyper.reward_bias) == (0, -1)
+    families = {"point-mass-wall": {"batch_size": 7, "expectile": 0.1}, "point": {"batch_size": 3, "seed": 4}}
+    for table in (families, dict(reversed(families.items()))):
+        args = parse("--offline-steps", "0", "--num-envs", "8", families=table)
+        assert (args.batch_size, args.seed, args.hyper.expectile) == (7, 4, 0.1)
+
+
+@pytest.mark.parametrize("spelling", ["--online-steps 0", "--online-steps=0", "--online_steps 0"])
+@pytest.mark.parametrize("name", ["D4RL/door/human-v2", "door_human.npz", "data/door-cloned.hdf5"])
+def test_a_dataset_alone_needs_no_environment_and_brings_its_family(name, spelling):
+    args = parse("--dataset", name, *spelling.split())
+    assert (args.env, args.dataset, args.dropout, args.offline_steps) == ("none", name, 0.1, 25_000)
+
+
+def test_help_shows_what_is_in_force(capsys):
+    def shown(*flags):
+        with pytest.raises(SystemExit) as exit:
+            parse(*flags, "--help")
+        assert exit.value.code == 0
+        return re.sub(r"[│\s]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+
+    probe, wall = shown("--env", "probe-match-obs"), shown()
+    assert re.search(r"--hidden .{0,120}\(default: 32 32\)", probe) and re.search(r"--hidden .{0,120}\(default: 64 64\)", wall)
+    assert re.search(r"--online-steps .{0,120}\(default: 8000\)", probe) and re.search(r"--online-steps .{0,120}\(default: 960000\)", wall)
+
+
+def test_sweep_grid_and_labels():
+    args = parse("--sweep", "intrinsic-coef=0,5", "expectile=0.7,0.9", "--num-seeds", "2", "--seed", "3")
+    hyper, labels = cli.grid(args)
+    assert [label.seed for label in labels] == [3, 4] * 4
+    assert [label.setting for label in labels[::2]] == [
+        f"intrinsic-coef={c} expectile={e}" for c, e in itertools.product(("0", "5"), ("0.7", "0.9"))
+    ]
+    np.testing.assert_array_equal(hyper.intrinsic_coef, np.repeat([0, 5], 4))
+    np.testing.assert_array_equal(hyper.expectile, np.tile(np.repeat(np.float32([0.7, 0.9]), 2), 2))
+    np.testing.assert_array_equal(hyper.discount, np.full(8, np.float32(0.99)))
+    assert {x.dtype for x in vars(hyper).values()} == {np.dtype("float32")}
+    assert [label.setting for label in cli.grid(parse())[1]] == [""] * 5
+
+
+@pytest.mark.parametrize("module", [ooo_iql, iql])
+def test_config_round_trip(module):
+    args = parse("--env", "point-mass-wall", "--sweep", "actor-lr=1e-3,1", "--expectile", "0.8", module=module, families=module.SETTINGS)
+    assert cli.from_json(module.Args, json.loads(json.dumps(cli.to_json(args)))) == args
+    with pytest.raises(cli.UsageError, match=r"another script.*colour"):
+        cli.from_json(module.Args, {**cli.to_json(args), "colour": 1})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 60),
+    st.integers(0, 400),
+    st.integers(0, 90),
+    st.integers(0, 90),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from(["online", "x"]),
+)
+def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every, num_envs, phase):
+    block = num_envs if phase == "online" else 1
+    start, end = start * block, (start + length) * block
+    args = SimpleNamespace(eval_every=evaluate_every, checkpoint_every=save_every, num_envs=num_envs)
+    found = cli.chunks(args, phase, start, end, collected=7)
+    steps = [step for c in found for step in range(c.start, c.start + c.length)]
+    assert steps == list(range(start, end))
+    assert all(c.length > 0 and c.length % block == 0 and c.phase == phase for c in found)
+    assert [c.collected for c in found] == [c.start if phase == "online" else 7 for c in found]
+    assert [c.first for c in found] == [i == 0 for i in range(len(found))]
+    assert [c.last for c in found] == [i == len(found) - 1 for i in range(len(found))]
+
+    def due(every):
+        """Ends of chunks at which something is due: at the first whole block at or after each multiple of `every`, and at the end."""
+        wanted = {-(-step // block) * block for step in range(start + 1, end) if step % every == 0}
+        return (wanted | {end}) - {start} if found else set()
+
+    evaluate_every = evaluate_every or max(-(-(end - start) // 4), 1)
+    assert {c.start + c.length for c in found if c.evaluate} == due(evaluate_every)
+    assert {c.start + c.length for c in found if c.save} == due(save_every or evaluate_every)
+    assert all(c.evaluate or c.save for c in found)
+
+
+def test_the_plan_retrains_where_asked():
+    args = replace(parse("--online-steps", "320", "--retrain-steps", "4", "--offline-steps", "4"), retrain_at=(96, 320), eval_every=10**6)
+    plan = ooo_iql.make_plan(args)
+    assert [(c.phase, c.start, c.length, c.collected) for c in plan] == [
+        ("offline", 0, 4, 0), ("online", 0, 96, 0), ("retrained@96", 0, 4, 96), ("online", 96, 224, 96), ("retrained", 0, 4, 320),
+    ]  # fmt: skip
+    last = ooo_iql.make_plan(replace(args, retrain_at=(96,)))
+    assert [(c.phase, c.start) for c in last][-2:] == [("retrained", 0), ("online", 96)]

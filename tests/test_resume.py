@@ -1,0 +1,190 @@
+"""A run killed at any moment, and resumed, ends in the same bits as one left alone; what cannot be resumed says why."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from algos import iql, ooo_iql
+from data import cli
+
+REPO = pathlib.Path(__file__).parents[1]
+COMMON = (
+    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 200 --online-steps 1600 --num-envs 8 "
+    "--utd-ratio 0.125 --eval-episodes 2 --eval-every 200 --checkpoint-every 50 --name it"
+)
+FLAGS = {"ooo_iql": [*COMMON.split(), "--retrain-steps", "200"], "iql": COMMON.split()}
+TIMING = ("wall_seconds", "seed_updates_per_second", "env_steps_per_second", "compile_seconds")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder for runs, whose processes share compiled programs and datasets."""
+    place = tmp_path_factory.mktemp("resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        for name in ("JAX_COMPILATION_CACHE_DIR", "MINARI_DATASETS_PATH"):
+            if name not in os.environ:
+                patch.setenv(name, str(place / name.lower()))
+        yield place
+
+
+def start(place, method, *flags):
+    (place / "log").touch()
+    with (place / "log").open("a") as log:
+        return subprocess.Popen([sys.executable, REPO / f"algos/{method}.py", *flags], cwd=place, stdout=log, stderr=log)
+
+
+def finish(place, process):
+    assert process.wait(timeout=300) == 0, (place / "log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """Folder of a finished run of each method."""
+    folders = {}
+    for method, flags in FLAGS.items():
+        finish(place, start(place, method, *flags, "--runs-dir", "whole"))
+        folders[method] = place / "whole" / method / "point-mass-wall" / "it"
+    return folders
+
+
+def phase_of(folder):
+    """The phase that the run last wrote of."""
+    path = folder / "metrics.csv"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return lines[-1].split(",")[0] if lines else ""
+
+
+def kill_when(process, condition):
+    """SIGKILL as soon as `condition` holds; False if the process ended before."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    return True
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files if file[key].dtype.kind in "fiub"}
+
+
+def assert_same(folder, expected):
+    assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, expected)]
+    for result in results:
+        for key in TIMING:
+            assert result.pop(key) > 0
+    assert results[0] == results[1]
+    names = sorted(p.relative_to(expected) for p in expected.rglob("*.npz"))
+    assert names == sorted(p.relative_to(folder) for p in folder.rglob("*.npz")) and len(names) > 2
+    for name in names:
+        ours, theirs = arrays(folder / name), arrays(expected / name)
+        assert ours.keys() == theirs.keys() and ours
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("method", FLAGS)
+def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed, method):
+    rng, folder = random.Random(0), place / "killed" / method / "point-mass-wall" / "it"
+    process = start(place, method, *FLAGS[method], "--runs-dir", "killed")
+    assert kill_when(process, (folder / "config.json").exists), "the run ended before it could be killed as it began"
+    phases = ("offline", "online", "retrained") if method == "ooo_iql" else ("online",)
+    for phase in phases:
+        for moment in ("checkpoint", "any"):
+            if moment == "any" and method == "iql":
+                continue
+            process, seen, delay = start(place, method, "--resume", folder), [], rng.uniform(0, 0.3)
+
+            def condition(phase=phase, moment=moment, seen=seen, delay=delay):
+                if phase_of(folder) != phase:
+                    return bool(seen)  # gone by: at once
+                seen.append(time.monotonic())
+                if moment == "checkpoint":
+                    return any("tmp" in p.name for p in (folder / "checkpoints").glob("*"))
+                return time.monotonic() > seen[0] + delay
+
+            assert kill_when(process, condition) or moment == "any", f"no checkpoint was caught in {phase}"
+    finish(place, start(place, method, "--resume", folder))
+    assert_same(folder, undisturbed[method])
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    return pathlib.Path(shutil.copytree(undisturbed["ooo_iql"], tmp_path / "copy"))
+
+
+def resume(monkeypatch, folder, *flags, module=ooo_iql):
+    monkeypatch.setattr(sys, "argv", ["script", "--resume", str(folder), *flags])
+    cli.guarded(module.main)
+
+
+def refused(monkeypatch, capsys, folder, *flags, module=ooo_iql):
+    with pytest.raises(SystemExit) as exit:
+        resume(monkeypatch, folder, *flags, module=module)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def test_resuming_a_finished_run_changes_nothing(monkeypatch, copy, undisturbed):
+    resume(monkeypatch, copy)
+    assert_same(copy, undisturbed["ooo_iql"])
+
+
+def test_an_interrupted_write_of_paths_or_metrics_is_mended(monkeypatch, copy, undisturbed):
+    with (copy / "metrics.csv").open("a") as file:
+        file.write("retrained,200,0,,q,0.")
+    (copy / "paths.tmp.npz").write_bytes(b"PK")
+    (copy / "result.tmp").write_text("{")
+    resume(monkeypatch, copy)
+    (copy / "paths.tmp.npz").unlink()
+    assert_same(copy, undisturbed["ooo_iql"])
+
+
+@pytest.mark.parametrize("flag", ["--num-seeds 3", "--expectile 0.5", "--hidden 8 8", "--dataset none"])
+def test_other_settings_are_refused_by_name(monkeypatch, capsys, undisturbed, flag):
+    message = refused(monkeypatch, capsys, undisturbed["ooo_iql"], *flag.split())
+    name, _, value = flag[2:].partition(" ")
+    assert f"{name.replace('-', '_')} is " in message and value.split()[0] in message
+
+
+def test_the_same_settings_may_be_repeated(undisturbed):
+    folder = str(undisturbed["ooo_iql"])
+    assert cli.parse(ooo_iql.Args, ooo_iql.SETTINGS, ["--resume", folder, "--num-seeds", "2"]).resume == folder
+
+
+def test_what_is_no_run_is_refused(monkeypatch, capsys, undisturbed, tmp_path):
+    assert "not a run's folder" in refused(monkeypatch, capsys, tmp_path)
+    assert "not a run's folder" in refused(monkeypatch, capsys, tmp_path / "absent")
+    for folder, module in ((undisturbed["ooo_iql"], iql), (undisturbed["iql"], ooo_iql)):
+        assert "another script" in refused(monkeypatch, capsys, folder, module=module)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "garbled", "missing", "host"])
+def test_a_damaged_checkpoint_is_one_clear_error(monkeypatch, capsys, copy, damage):
+    (checkpoint,) = [p for p in (copy / "checkpoints").iterdir() if p.name.isdigit()]
+    before = (copy / "metrics.csv").read_bytes()
+    if damage == "host":
+        for path in (checkpoint / "host").rglob("metadata"):
+            path.write_text("{")
+    else:
+        for path in (checkpoint / "state" / "ocdbt.process_0" / "d").iterdir():
+            {"emptied": lambda p: p.write_bytes(b""), "garbled": lambda p: p.write_bytes(b"\x00" * 999), "missing": pathlib.Path.unlink}[
+                damage
+            ](path)
+        for path in (checkpoint / "state" / "d").iterdir():
+            path.write_bytes(b"")
+    assert "damaged" in refused(monkeypatch, capsys, copy)
+    assert (copy / "metrics.csv").read_bytes() == before
