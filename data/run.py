@@ -340,6 +340,8 @@ def _trackers(kind: str, run: Run) -> list:
                 for name, values in metrics.items():
                     for writer, value in zip(writers, values):
                         writer.add_scalar(f"{phase}/{name}", float(value), step)
+                for writer in writers:
+                    writer.flush()
         else:
             import wandb
 

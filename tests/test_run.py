@@ -116,7 +116,7 @@ def test_a_broken_run_is_named_and_stops_alone(swept):
     lines = err.splitlines()
     assert [line[:6] for line in lines] == ["seed 0", "seed 1"] and "critic-lr=0.0003" not in err
     for line in lines:
-        assert "critic-lr=inf stopped in offline, step 40: " in line and "critic_loss" in line and "parameter .critic[" in line
+        assert "critic-lr=inf stopped in offline, step 40: " in line and "critic_loss" in line and "parameter .actor[" in line
     assert result["failed"].keys() == {"2", "3"} and "offline, step 40" in result["failed"]["2"]
     for found in result["phases"].values():
         for values in found.values():
