@@ -23,7 +23,15 @@ from data import cli, datasets
 from data.program import Compiled
 
 REPO = pathlib.Path(__file__).parents[1]
-FAMILIES = ooo_iql.SETTINGS
+FAMILIES = {  # the shape of the real ones, with numbers that stay
+    "point-mass-wall": {
+        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32,
+        "utd_ratio": 1 / 32,
+    },
+    "point-mass-wall-sparse": {"reward_bias": -1.0},
+    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "actor_lr": 3e-3},
+    "door": {"dropout": 0.1, "offline_steps": 25_000},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,6 +54,7 @@ def refused(monkeypatch, capsys, tmp_path):
 
     def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs"):
         monkeypatch.setattr(Compiled, "program", lambda *_, **__: pytest.fail("compiled before the error"))
+        monkeypatch.setattr(module, "SETTINGS", FAMILIES)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--runs-dir", str(runs_dir)])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as exit:
@@ -193,7 +202,8 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
     _, err = process.communicate(timeout=120)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 2 and len(errors) == 1 and "no room left" in errors[0], err
-    assert "Traceback" not in err.split("error: ")[0]
+    # The checkpoint library's own threads may have complained before; our line is the last, and no traceback of ours is among theirs.
+    assert err.splitlines()[-1] == errors[0] and str(REPO / "data") not in err and str(REPO / "algos") not in err
     assert (room == "none at all") or "checkpoint" in errors[0]
     assert not (folder / "result.json").exists() and steps()
     found = subprocess.run([*command, "--resume", folder], **pipes, timeout=300)
@@ -207,9 +217,9 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
 def test_family_defaults_and_explicit_flags():
     args = parse()
     assert (args.env, args.dataset) == ("point-mass-wall", "ooo/point-mass-wall/over-v0")
-    assert (args.hidden, args.num_envs, args.intrinsic, args.hyper.expectile) == ((64, 64), 32, "count", 0.9)
-    args = parse("--expectile", "0.6", "--num-envs", "64", "--intrinsic", "rnd")
-    assert (args.hyper.expectile, args.num_envs, args.intrinsic, args.hyper.temperature) == (0.6, 64, "rnd", 10.0)
+    assert (args.hidden, args.num_envs, args.intrinsic, args.hyper.expectile) == ((64, 64), 32, "rnd", 0.9)
+    args = parse("--expectile", "0.6", "--num-envs", "64", "--intrinsic", "none")
+    assert (args.hyper.expectile, args.num_envs, args.intrinsic, args.hyper.temperature) == (0.6, 64, "none", 10.0)
     args = parse("--env", "probe-match-obs", "--offline-steps", "0")
     assert (args.dataset, args.hidden, args.online_steps, args.hyper.actor_lr) == ("none", (32, 32), 8_000, 3e-3)
     assert parse("--offline-steps", "0").dataset == "none"

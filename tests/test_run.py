@@ -141,7 +141,7 @@ def test_the_other_runs_are_as_without_it(swept):
 def test_policies_load_and_act(swept):
     path = swept["healthy"][0] / "policies" / "exploiter_seed0_critic-lr=0.0003.npz"
     loaded = policy.load(path)
-    action = loaded(np.zeros((3, 2), np.float32))
+    action = policy.act(loaded, np.zeros((3, 2), np.float32))
     assert action.shape == (3, 2) and np.abs(action).max() <= 1
 
 
