@@ -31,9 +31,7 @@ def guarded(main: Callable[[], None]) -> None:
     """Runs a script's `main`, turning the errors that a user can mend into one line on stderr and exit code 2."""
     try:
         main()
-    except ValueError as error:
-        if not isinstance(error, UsageError) and type(error).__name__ != "DatasetError":
-            raise
+    except (UsageError, datasets.DatasetError) as error:
         _fail(error)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -96,8 +94,8 @@ def _parse_resumed(args_type: type, argv: list[str], folder: str) -> Any:
     saved = from_json(args_type, settings)
     asked = tyro.cli(args_type, args=argv, default=saved)
     saved = dataclasses.replace(saved, resume=folder)
-    for ours, theirs in ((_flat(asked), _flat(saved)),):
-        differing = [k for k in ours if ours[k] != theirs[k] and k != "resume"]
+    ours, theirs = _flat(asked), _flat(saved)
+    differing = [k for k in ours if ours[k] != theirs[k] and k != "resume"]
     if differing:
         pairs = ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differing)
         raise UsageError(f"--resume {folder}: that run has other settings ({pairs}); drop these flags, or start a new run without --resume")

@@ -37,7 +37,7 @@ STYLE = {
 }  # fmt: skip
 PHASES = {"offline": "gradient steps", "online": "environment steps", "retrained": "gradient steps"}
 STAGES = (
-    ("1  pre-train offline", "a first policy,\nas good as the data", COLORS[0]),
+    ("1  pre-train offline", "a first policy from the data,\nalready drawn to novelty", COLORS[0]),
     ("2  explore online, optimistically", "seek reward and novelty;\nwhat is found stays in the pool", COLORS[1]),
     ("3  retrain from scratch, pessimistically", "a fresh policy from all data,\nfree of the bonus", COLORS[2]),
 )

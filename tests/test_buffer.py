@@ -15,7 +15,11 @@ def rows_of(numbers, dtype=np.float32):
     """Rows whose every entry tells which row it is."""
     n = np.asarray(numbers)
     return Transition(
-        np.float32(n)[:, None] * np.float32([1, 2]), n.astype(dtype)[:, None], np.float32(n), np.float32(n)[:, None] + np.float32(0.5), np.int8(n % 2)
+        np.float32(n)[:, None] * np.float32([1, 2]),
+        n.astype(dtype)[:, None],
+        np.float32(n),
+        np.float32(n)[:, None] + np.float32(0.5),
+        np.int8(n % 2),
     )
 
 

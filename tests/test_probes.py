@@ -26,7 +26,9 @@ KNOWN = {  # observations; their values under the best actions; the best actions
 
 
 def settings(script, name, **changes):
-    hyper = script.Hyper(discount=DISCOUNT, actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3, target_rate=0.05, expectile=0.98, temperature=20.0)
+    hyper = script.Hyper(
+        discount=DISCOUNT, actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3, target_rate=0.05, expectile=0.98, temperature=20.0
+    )
     return dataclasses.replace(script.Args(), env=name, num_seeds=SEEDS, hidden=(32, 32), batch_size=64, hyper=hyper, **changes)
 
 
