@@ -265,7 +265,7 @@ class Run:
         table = Table(title=f"{self.method} on {self.task}: IQM over {self.args.num_seeds} seeds [95 % interval]")
         measures = list(dict.fromkeys(m for found in self.phases.values() for m in found))
         for column in (["setting"] if self.args.sweep else []) + ["phase", *measures]:
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for setting, index in rows.items():
             for phase, found in self.phases.items():
                 cells = []
@@ -280,7 +280,9 @@ class Run:
         self.metrics.close()
         self.manager.close()
         files = sorted(p for p in self.folder.rglob("*") if p.is_file() and "checkpoints" not in p.relative_to(self.folder).parts)
-        self.console.print(f"wrote {self.folder}/: " + ", ".join(str(p.relative_to(self.folder)) for p in files), soft_wrap=True)
+        self.console.print(
+            f"wrote {self.folder}/: " + ", ".join(str(p.relative_to(self.folder)) for p in files), soft_wrap=True, highlight=False
+        )
 
 
 @jax.jit
