@@ -128,7 +128,7 @@ SETTINGS = {
         "target_rate": 0.02, "offline_steps": 6_000, "online_steps": 960_000, "num_envs": 48, "utd_ratio": 1 / 48,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
-    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000},
+    "probe": {"hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000},
     "antmaze": {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0},
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "reward_bias": -1.0, "offline_steps": 500_000, "online_steps": 500_000},
     "kitchen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "reward_bias": -4.0},

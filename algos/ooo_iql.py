@@ -158,7 +158,7 @@ SETTINGS = {
         "offline_steps": 5_000, "online_steps": 2_880_000, "num_envs": 48, "utd_ratio": 1 / 48, "retrain_steps": 24_000,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
-    "probe": {"hidden": (32, 32), "offline_steps": 1_000, "online_steps": 8_000, "retrain_steps": 1_000},
+    "probe": {"hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000, "retrain_steps": 1_000},
     "antmaze": {
         "expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000,
     },
