@@ -19,7 +19,6 @@ import tyro
 import envs
 from data import datasets
 
-OWN_DATASETS = {name: f"ooo/{name}/over-v0" for name in ("point-mass-wall", "point-mass-wall-sparse")}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +64,7 @@ def parse(args_type: type, settings: dict[str, dict], argv: list[str] | None = N
     args = tyro.cli(args_type, args=argv, default=_with_settings(args_type(), settings, name))
     dataset = args.dataset
     if dataset == "auto":
-        dataset = OWN_DATASETS.get(env, "none") if args.offline_steps else "none"
+        dataset = datasets.own(env) if args.offline_steps else "none"
     args = dataclasses.replace(args, env=env, dataset=dataset)
     check(args)
     return args

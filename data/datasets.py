@@ -2,6 +2,7 @@
 
 A dataset is a Minari dataset on disk, an HDF5 file or a .npz in D4RL's layout, or a .npz of whole episodes. Whatever
 its source, `load` returns the same arrays, with terminations and truncations apart, or says what is wrong and where.
+What is particular to D4RL's and Farama's datasets is in `data/public.py`.
 """
 
 import difflib
@@ -10,7 +11,9 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -26,11 +29,14 @@ from minari.dataset.minari_dataset import parse_dataset_id
 from rich.console import Console
 from rich.table import Table
 
+from data import public
 from data.buffer import Transition
 from data.scores import normalized_score, reference
 
 LIMIT = 1 - 1e-5  # the official loaders clip actions to this, so that no policy has to reach the very edge
 TOLERANCE = 1e-6
+FILES = (".npz", ".hdf5", ".h5")
+MINARI_FILE = "main_data.hdf5"
 
 
 class DatasetError(ValueError):
@@ -68,20 +74,20 @@ class Raw:
 
 
 def load(name: str, *, clip_actions: float = LIMIT, clip_out_of_range: bool = False) -> Dataset:
-    """The dataset `name`: a .npz, .hdf5 or .h5 file, a Minari dataset on disk, or one of ours, which is made on first use.
+    """The dataset `name`: a .npz, .hdf5 or .h5 file, a Minari dataset on disk, by id or folder, one of ours, which is made on first
+    use, or the D4RL id of a file in D4RL's own folder.
 
     Actions must lie in [-1, 1] (`clip_out_of_range` clips instead) and are then clipped to +-`clip_actions`.
     Raises DatasetError; never touches the network.
     """
-    path = pathlib.Path(name)
-    if path.suffix in (".npz", ".hdf5", ".h5"):
-        if not path.is_file():
-            raise DatasetError(f"{name}: there is no such file")
-        raw, source = _read_file(path), path
-    else:
-        source = _minari_file(name)
-        raw = _read_minari(source, name)
+    source = pathlib.Path(name)
+    if source.suffix not in FILES:
+        source = _find(name)
+    elif not source.is_file():
+        raise DatasetError(f"{name}: there is no such file")
+    raw = _read_minari(source, name) if source.name == MINARI_FILE else _read_file(source)
     _validate(raw, str(source), clip_out_of_range)
+    _drop_empty_forces(raw)
     return _finish(raw, name, str(source), clip_actions)
 
 
@@ -172,23 +178,32 @@ def _datasets_root() -> pathlib.Path:
     return pathlib.Path(os.environ.get("MINARI_DATASETS_PATH", pathlib.Path.home() / ".minari" / "datasets"))
 
 
-def _minari_file(name: str) -> pathlib.Path:
-    from data.generate import GENERATED  # here: the generators write with this module
+def _find(name: str) -> pathlib.Path:
+    """The file of the dataset of this id or in this folder, made if it is one of ours."""
+    from data.generate import GENERATED, RECIPES, make  # here: the generators write with this module
 
-    file = _datasets_root() / name / "data" / "main_data.hdf5"
+    file = _datasets_root() / name / "data" / MINARI_FILE
     if not file.is_file() and name in GENERATED:
         try:
-            GENERATED[name](name)
+            make(name)
         except (DatasetError, OSError):
             if not file.is_file():  # else another process was quicker
                 raise
     if not file.is_file():
+        elsewhere = pathlib.Path(name) / "data" / MINARI_FILE
+        file = elsewhere if elsewhere.is_file() else public.d4rl_file(name) or file
+    if not file.is_file() and name in RECIPES:
+        raise DatasetError(
+            f"{name} is not in {_datasets_root()} and takes a behaviour policy to make: python data/generate.py {name} --policy FILE"
+        )
+    if not file.is_file():
         root = _datasets_root()
-        known = sorted({*GENERATED, *(str(p.parents[1].relative_to(root)) for p in root.rglob("main_data.hdf5"))})
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
+        known = {*RECIPES, *public.d4rl_ids(), *(str(p.parents[1].relative_to(root)) for p in root.rglob(MINARI_FILE))}
+        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)
         raise DatasetError(
             f"unknown dataset {name!r}; near it, on disk or made by us: {', '.join(near)}. Or give the path of an .hdf5 or .npz file, "
-            f"or fetch a public one first with `minari download {name}`"
+            f"or fetch a public one first: Minari's with `minari download {name}`, D4RL's file "
+            f"({public.D4RL_FILES.get(name, name + '.hdf5')}) into {public.d4rl_folder()}"
         )
     return file
 
@@ -197,9 +212,9 @@ def _read_minari(path: pathlib.Path, name: str) -> Raw:
     parts, notes = [], []
     try:
         with h5py.File(path, "r") as file:
-            for key in sorted(file, key=lambda key: int(key.rpartition("_")[2])):
+            for key in sorted((k for k in file if re.fullmatch(r"episode_\d+", k)), key=lambda k: int(k[8:])):
                 episode = file[key]
-                obs = _flat_obs(episode["observations"], notes)
+                obs = public.flat_obs(episode["observations"], notes)
                 fields = [np.asarray(episode[k]) for k in ("actions", "rewards", "terminations", "truncations")]
                 if len({len(f) for f in fields}) != 1 or len(obs) != len(fields[0]) + 1:
                     raise DatasetError(
@@ -214,18 +229,8 @@ def _read_minari(path: pathlib.Path, name: str) -> Raw:
         raise DatasetError(f"{path}: damaged ({error}); delete {name} and make or download it again") from None
     if not parts:
         raise DatasetError(f"{path}: no episodes")
-    return Raw(
-        *(np.concatenate(column) for column in zip(*parts)), sorted(set(notes)), metadata.get("recipe") or metadata.get("description")
-    )
-
-
-def _flat_obs(node: Any, notes: list[str]) -> np.ndarray:
-    if isinstance(node, h5py.Dataset):
-        return np.asarray(node)
-    keys = sorted(node)
-    notes.append(f"dictionary observations flattened in the order {', '.join(keys)}")
-    leaves = [_flat_obs(node[key], notes) for key in keys]
-    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+    notes = [*dict.fromkeys(notes), *public.notes(metadata.get("dataset_id", name))]
+    return Raw(*(np.concatenate(column) for column in zip(*parts)), notes, metadata.get("recipe") or metadata.get("description"))
 
 
 # --- validation ---
@@ -271,6 +276,12 @@ def _validate(raw: Raw, source: str, clip_out_of_range: bool) -> None:
         raise DatasetError(
             f"{where(row)}: next_obs differs from the observation that follows; mark the end of an episode there, or mend the file"
         )
+
+
+def _drop_empty_forces(raw: Raw) -> None:
+    if public.empty_forces(raw.obs) and public.empty_forces(raw.next_obs):
+        raw.obs, raw.next_obs = raw.obs[:, : -public.FORCES], raw.next_obs[:, : -public.FORCES]
+        raw.notes.append(f"the last {public.FORCES} numbers of the observation dropped: an ant's contact forces, zero in every row")
 
 
 def _episodes(end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -323,9 +334,10 @@ def check_fits(data: Dataset, obs_size: int, action_size: int, env: str) -> None
     """Raises DatasetError if the dataset belongs to another body than the environment's."""
     has = data.transitions.obs.shape[1], data.transitions.action.shape[1]
     if has != (obs_size, action_size):
+        body = public.body(*has)
         raise DatasetError(
             f"{data.card['id']} has {has[0]} observations and {has[1]} actions, {env} has {obs_size} and {action_size}: "
-            "they do not belong together"
+            f"they do not belong together{f'; data of this shape come from {body}' if body else ''}"
         )
 
 
@@ -340,6 +352,14 @@ def returns_to_go(data: Dataset, discount: float) -> np.ndarray:
 
 
 # --- writing ---
+
+
+def own(env: str) -> str:
+    """The dataset of ours that `--dataset auto` means for an environment: the only one made for it that needs no policy, or "none"."""
+    from data.generate import GENERATED
+
+    found = [name for name, recipe in GENERATED.items() if recipe.env == env and not name.endswith(("/random-v0", "/medium-replay-v0"))]
+    return found[0] if found else "none"
 
 
 def exists(dataset_id: str) -> bool:
@@ -357,6 +377,17 @@ def check_free(dataset_id: str) -> None:
             f"the dataset {dataset_id} exists already in {_datasets_root()}; "
             f"delete it with `minari delete {dataset_id}`, or choose another id"
         )
+
+
+def check_writable() -> None:
+    """Raises DatasetError if no dataset can be written, before the work of making one is done."""
+    root = _datasets_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise DatasetError(f"the dataset folder {root} cannot be written ({error.strerror}); set MINARI_DATASETS_PATH to one that can") from None
 
 
 def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, description: str, recipe: Any = None) -> None:
@@ -388,7 +419,7 @@ def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, desc
                 action_space=gymnasium.spaces.Box(-1, 1, (action,), np.float32), requirements=[],
             )  # fmt: skip
         scores = reference(dataset_id)
-        extra = {"recipe": str(recipe or ""), **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {})}
+        extra = {"recipe": recipe if isinstance(recipe, str) else json.dumps(recipe or ""), **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {})}
         written.storage.update_metadata(extra)
         metadata = root / temporary / "data" / "metadata.json"
         metadata.write_text(metadata.read_text().replace(temporary, dataset_id))

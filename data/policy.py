@@ -7,7 +7,8 @@ obs_mean, obs_std, obs_clip               input = clip((obs - obs_mean) / obs_st
 num_layers, w0, b0, w1, b1 ...            dense layers h @ w + b, `w` being [in, out]
 hidden_activation                         relu, tanh or none, after every layer but the last, which gives u [A]
 log_std                                   optional [A]: standard deviation of the action's noise, or instead
-wS, bS, log_std_min, log_std_max          the same from the last hidden layer, clipped to these bounds
+wS, bS, log_std_min, log_std_max          the same from the last hidden layer, clipped to these bounds, or instead
+wS, bS, std_min                           the standard deviation softplus(h @ wS + bS) + std_min (brax's policies)
 output_activation                         tanh: tanh(u + noise); clip: u + noise; tanh_mean: tanh(u) + noise (IQL)
 action_low, action_high                   bounds; the last two are clipped to them
 anything else                             strings that say where the policy is from
@@ -21,39 +22,55 @@ import pathlib
 import sys
 import zipfile
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 Policy = dict[str, np.ndarray]
 
-ACTIVATIONS = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "none": lambda x: x}
+ACTIVATIONS = {"relu": lambda x, xp: xp.maximum(x, 0), "tanh": lambda x, xp: xp.tanh(x), "none": lambda x, xp: x}
 OUTPUTS = ("tanh", "clip", "tanh_mean")
 REQUIRED = ("obs_mean", "obs_std", "obs_clip", "num_layers", "hidden_activation", "output_activation", "action_low", "action_high")
-NOISE_HEAD = ("wS", "bS", "log_std_min", "log_std_max")
-NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, "log_std", "file", "allow_pickle"}  # the last two mean something to numpy.savez
+NOISE_HEAD = ("wS", "bS")
+NOISE_BOUNDS = ("log_std_min", "log_std_max")
+NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, *NOISE_BOUNDS, "std_min", "log_std", "file", "allow_pickle"}  # the last two mean something to numpy.savez
 
 
 def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
     """Actions [..., A] of a loaded `policy` for observations [..., D]: the mean, or with `rng` a sample."""
-    if np.shape(obs)[-1:] != (len(policy["w0"]),):
-        raise ValueError(f"the policy takes observations [..., {len(policy['w0'])}], not {np.shape(obs)}")
-    h = np.clip((obs - policy["obs_mean"]) / policy["obs_std"], -policy["obs_clip"], policy["obs_clip"])
+    noise = None if rng is None else rng.standard_normal((*np.shape(obs)[:-1], policy_sizes(policy)[1]))
+    return forward(policy, obs, noise, np)
+
+
+def forward(policy: Policy, obs: Any, noise: Any, xp: Any) -> Any:
+    """`act` with the standard normal `noise` [..., A] given (None: the mean), in numpy or jax.numpy (`xp`)."""
+    if np.shape(obs)[-1:] != policy_sizes(policy)[:1]:
+        raise ValueError(f"the policy takes observations [..., {policy_sizes(policy)[0]}], not {np.shape(obs)}")
+    h = xp.clip((obs - policy["obs_mean"]) / policy["obs_std"], -policy["obs_clip"], policy["obs_clip"])
     last = int(policy["num_layers"]) - 1
     for i in range(last):
-        h = ACTIVATIONS[str(policy["hidden_activation"])](h @ policy[f"w{i}"] + policy[f"b{i}"])
+        h = ACTIVATIONS[str(policy["hidden_activation"])](h @ policy[f"w{i}"] + policy[f"b{i}"], xp)
     output = str(policy["output_activation"])
     u = h @ policy[f"w{last}"] + policy[f"b{last}"]
-    u = np.tanh(u) if output == "tanh_mean" else u
-    u = u if rng is None else u + np.exp(_log_std(policy, h)) * rng.standard_normal(u.shape)
-    return np.tanh(u) if output == "tanh" else np.clip(u, policy["action_low"], policy["action_high"])
+    u = xp.tanh(u) if output == "tanh_mean" else u
+    u = u if noise is None else u + _std(policy, h, xp) * noise
+    return xp.tanh(u) if output == "tanh" else xp.clip(u, policy["action_low"], policy["action_high"])
 
 
-def _log_std(policy: Policy, hidden: np.ndarray) -> np.ndarray:
+def policy_sizes(policy: Policy) -> tuple[int, int]:
+    """(observation size D, action size A) of a loaded policy."""
+    return len(policy["w0"]), len(policy[f"b{int(policy['num_layers']) - 1}"])
+
+
+def _std(policy: Policy, hidden: Any, xp: Any) -> Any:
     if "log_std" in policy:
-        return policy["log_std"]
+        return xp.exp(policy["log_std"])
     if "wS" not in policy:
         raise ValueError("this policy has no standard deviation to sample with; act without rng")
-    return np.clip(hidden @ policy["wS"] + policy["bS"], policy["log_std_min"], policy["log_std_max"])
+    head = hidden @ policy["wS"] + policy["bS"]
+    if "std_min" in policy:
+        return xp.logaddexp(head, 0.0) + policy["std_min"]
+    return xp.exp(xp.clip(head, policy["log_std_min"], policy["log_std_max"]))
 
 
 def save(
@@ -61,6 +78,7 @@ def save(
     layers: list[tuple[np.ndarray, np.ndarray]],
     *,
     log_std: np.ndarray | None = None,
+    softplus_head: tuple[np.ndarray, np.ndarray, float] | None = None,
     hidden_activation: str = "relu",
     output: str = "tanh",
     obs_mean: np.ndarray | float = 0.0,
@@ -70,8 +88,8 @@ def save(
 ) -> None:
     """Writes a policy with actions in [-1, 1] to `path`, whole or not at all.
 
-    `layers` are pairs (w [in, out], b [out]), `log_std` is [A], the mean and standard deviation of observations are [D]
-    or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would refuse is a ValueError.
+    `layers` are pairs (w [in, out], b [out]), `log_std` is [A] (or `softplus_head` is wS, bS and std_min), the mean and standard
+    deviation of observations are [D] or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would refuse is a ValueError.
     """
     for name in NOT_PROVENANCE & set(provenance):
         raise ValueError(f"a policy's provenance cannot be called {name!r}: that name has a meaning of its own")
@@ -82,6 +100,7 @@ def save(
         "obs_clip": [obs_clip],
         **{f"{name}{i}": array for i, layer in enumerate(layers) for name, array in zip("wb", layer)},
         **({} if log_std is None else {"log_std": log_std}),
+        **({} if softplus_head is None else dict(zip(("wS", "bS", "std_min"), softplus_head))),
         "action_low": -np.ones(sizes[1]),
         "action_high": np.ones(sizes[1]),
     }
@@ -142,7 +161,8 @@ def _shapes(policy: Policy, path: str | os.PathLike) -> dict[str, list[tuple[int
     """The shapes that each array of numbers may have, going from the widths of the weights."""
     last = int(policy["num_layers"]) - 1
     weights = [f"w{i}" for i in range(last + 1)]
-    names = weights + [f"b{i}" for i in range(last + 1)] + (list(NOISE_HEAD) if "wS" in policy else [])
+    noise = [*NOISE_HEAD, *(("std_min",) if "std_min" in policy else NOISE_BOUNDS)] if "wS" in policy else []
+    names = weights + [f"b{i}" for i in range(last + 1)] + noise
     missing = [name for name in names if name not in policy]
     if missing:
         raise ValueError(f"{path}: with num_layers {last + 1}, the keys {', '.join(missing)} are missing")
@@ -163,7 +183,7 @@ def _shapes(policy: Policy, path: str | os.PathLike) -> dict[str, list[tuple[int
         shapes["log_std"] = [(widths[-1],)]
     if "wS" in policy:
         shapes |= {"wS": [(widths[-2], widths[-1])], "bS": [(widths[-1],)]}
-        shapes |= {name: vector_or_number(widths[-1]) for name in ("log_std_min", "log_std_max")}
+        shapes |= {name: vector_or_number(widths[-1]) for name in noise[2:]}
     return shapes
 
 
@@ -192,7 +212,7 @@ def main(args: Args) -> None:
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     policy = load(args.policy)
-    takes, gives = len(policy["w0"]), len(policy[f"b{int(policy['num_layers']) - 1}"])
+    takes, gives = policy_sizes(policy)
     obs_size, action_size, _ = gymnasium_eval.check(args.env_id)
     if (takes, gives) != (obs_size, action_size):
         has = f"{args.env_id} has {obs_size} observations and {action_size} actions"

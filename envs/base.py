@@ -5,8 +5,11 @@ An environment is a pure pair `reset(key) -> State`, `step(state, action) -> Sta
 
 * `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a truncation
   the value of the next observation still counts. `done` is their maximum.
+* `info["broken"]`: float32 0/1, the physics gave a number that is not finite (or beyond `BROKEN`). The episode ends there with a
+  truncation, and observation and reward are stand-ins (the previous one, and 0) that must not be learnt from.
 * `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 where a task has no such notion).
 * `horizon`: steps after which an episode is truncated.
+* `reset_to(qpos, qvel) -> State`: an episode that starts in the given state, for replay, tests and curricula.
 """
 
 import contextlib
@@ -19,11 +22,13 @@ import jax.numpy as jnp
 with contextlib.redirect_stdout(io.StringIO()):  # MJX prints there that its optional Warp engine is not installed
     from brax.envs.base import Env, State
 
-__all__ = ["Env", "State", "Task", "step_and_reset"]
+__all__ = ["BROKEN", "Env", "State", "Task", "step_and_reset"]
+
+BROKEN = 1e10  # MuJoCo's own bound (mjMAXVAL): an observation beyond it is the end of a simulation, not a state
 
 
 class Task(Env):
-    """An environment written in JAX by hand: subclasses give `start`, `advance` and `observe`; the time limit is kept here."""
+    """One episode of a task: subclasses give `start`, `advance` and `observe`; time limit and broken physics are dealt with here."""
 
     horizon: int
 
@@ -40,23 +45,33 @@ class Task(Env):
         raise NotImplementedError
 
     def reset(self, rng: jax.Array) -> State:
-        inner, zero = self.start(rng), jnp.float32(0)
+        return self.begin(self.start(rng))
+
+    def reset_to(self, qpos: jax.Array, qvel: jax.Array) -> State:
+        """The beginning of an episode in generalised positions `qpos` [nq] and velocities `qvel` [nv]."""
+        raise NotImplementedError(f"{type(self).__name__} has no positions and velocities to be put into")
+
+    def begin(self, inner: Any) -> State:
+        """The beginning of an episode in a given inner state."""
+        zero = jnp.zeros(())
         # `elapsed`, not `steps`: brax's EpisodeWrapper keeps a counter of its own under that name.
-        info = {"termination": zero, "truncation": zero, "elapsed": jnp.int32(0)}
+        info = {"termination": zero, "truncation": zero, "broken": zero, "elapsed": jnp.int32(0)}
         return State(inner, self.observe(inner), zero, zero, {"success": zero}, info)
 
     def step(self, state: State, action: jax.Array) -> State:
         inner, reward, termination, success = self.advance(state.pipeline_state, jnp.clip(action, -1.0, 1.0))
-        elapsed = state.info["elapsed"] + 1
-        termination = jnp.float32(termination)
-        truncation = jnp.float32(elapsed >= self.horizon) * (1 - termination)
+        obs, elapsed = self.observe(inner), state.info["elapsed"] + 1
+        sound = (jnp.abs(obs) < BROKEN).all() & (jnp.abs(reward) < BROKEN)  # False for NaN as well
+        as_number = lambda flag: jnp.asarray(flag, state.reward.dtype)  # noqa: E731
+        termination = as_number(termination & sound)
+        truncation = as_number((elapsed >= self.horizon) | ~sound) * (1 - termination)
         return state.replace(
             pipeline_state=inner,
-            obs=self.observe(inner),
-            reward=jnp.float32(reward),
+            obs=jnp.where(sound, obs, state.obs),
+            reward=jnp.where(sound, as_number(reward), 0.0),
             done=jnp.maximum(termination, truncation),
-            metrics={**state.metrics, "success": jnp.float32(success)},
-            info={**state.info, "termination": termination, "truncation": truncation, "elapsed": elapsed},
+            metrics={**state.metrics, "success": as_number(success & sound)},
+            info={**state.info, "termination": termination, "truncation": truncation, "broken": as_number(~sound), "elapsed": elapsed},
         )
 
     @property

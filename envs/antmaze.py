@@ -1,0 +1,229 @@
+"""AntMaze: an ant walks through D4RL's mazes to a goal that it does not see.
+
+The maze, the starts, goals, reward and ending are those of D4RL (d4rl/locomotion at 89141a6); versions differ in when the goal is drawn:
+at every episode (v2, the default), or once (`goal="fixed"`, v0). The ant comes in two kinds:
+
+==============  ==========================================================  =====================================================
+`ant`           "d4rl" (default): the ant of D4RL's data                    "gymnasium": of gymnasium-robotics and Minari's data
+==============  ==========================================================  =====================================================
+step, torque    0.1 s, up to 30 N m                                         0.05 s, up to 150 N m
+contacts        solimp 0.8 0.8 0.01                                         MuJoCo's default
+coordinates     start cell at the origin, y along the rows                  maze centred at the origin, y against the rows
+start           start cell + U(-0.1, 0.1)                                   start cell + U(-1, 1)
+goal            goal cell + U(0, 1) + U(0, 0.5) per axis, radius 0.5        goal cell + U(-1, 1), radius 0.45
+==============  ==========================================================  =====================================================
+
+Both are built from Gymnasium's ant.xml. Further edits: contact margins are halved (see envs/locomotion.py), and with MJX only the
+`MAX_PAIRS` nearest pairs of each kind of geoms are examined for contact: no ant touches more walls at once.
+"""
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from flax import struct
+
+from envs.locomotion import compile_spec, load_spec
+from envs.physics import Body, PhysicsTask
+
+MAZES = {  # D4RL's maps: # wall, R start, G goal of the evaluation
+    "umaze": ("#####", "#R  #", "### #", "#G  #", "#####"),
+    "medium": ("########", "#R ##  #", "#  #   #", "##   ###", "#  #   #", "# #  # #", "#   # G#", "########"),
+    "large": (
+        "############", "#R   #     #", "# ## # # # #", "#      #   #", "# #### ### #", "#  # #     #", "## # # # ###", "#  #   # G #",
+        "############",
+    ),
+}  # fmt: skip
+HORIZON = {"umaze": 700, "medium": 1000, "large": 1000}
+SCALE, WALL_HEIGHT = 4.0, 2.0  # metres
+MAX_PAIRS = 8
+
+
+@struct.dataclass
+class Errand:
+    """An ant, and the goal [2] of its episode."""
+
+    body: Body
+    goal: jax.Array
+
+
+class AntMaze(PhysicsTask):
+    """Observation [29]: qpos (x, y first) and qvel; action [8]. Reward 1, success and termination within the goal's radius; falling ends nothing."""
+
+    def __init__(self, maze: str = "large", goal: str = "episode", ant: str = "d4rl", goal_seed: int = 0, physics: str = "auto"):
+        for name, value, known in (("maze", maze, MAZES), ("goal", goal, ("episode", "fixed")), ("ant", ant, ("d4rl", "gymnasium"))):
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
+        self.maze, self.ant, self.horizon = MAZES[maze], ant, HORIZON[maze]
+        self.radius = 0.5 if ant == "d4rl" else 0.45
+        super().__init__(self._model(), 5, physics, root="torso")
+        self.fixed_goal = None if goal == "episode" else self.draw_goal(jax.random.PRNGKey(goal_seed))
+
+    def _model(self) -> mujoco.MjModel:
+        spec = d4rl_ant() if self.ant == "d4rl" else load_spec("ant.xml")
+        half = np.array([SCALE, SCALE, WALL_HEIGHT]) / 2
+        for row, col in self.cells("#"):
+            wall = spec.worldbody.add_geom(name=f"block_{row}_{col}", type=mujoco.mjtGeom.mjGEOM_BOX, size=half)
+            wall.pos = [*self.centre((row, col)), half[2]]
+            wall.contype = wall.conaffinity = 1
+            wall.rgba = [0.7, 0.5, 0.3, 1.0]
+            wall.solimp = spec.geom("floor").solimp
+        spec.add_numeric(name="max_geom_pairs", data=[MAX_PAIRS], size=1)  # read by MJX alone
+        return compile_spec(spec)
+
+    def cells(self, kinds: str) -> list[tuple[int, int]]:
+        """(row, column) of the cells whose mark is in `kinds`."""
+        return [(r, c) for r, line in enumerate(self.maze) for c, mark in enumerate(line) if mark in kinds]
+
+    def centre(self, cell: tuple[int, int]) -> np.ndarray:
+        """Position (x, y) of the centre of `cell`, in metres."""
+        row, col = np.asarray(cell)[..., 0], np.asarray(cell)[..., 1]
+        if self.ant == "d4rl":
+            (row_start, col_start), = self.cells("R")
+            return SCALE * np.stack([col - col_start, row - row_start], -1)
+        return SCALE * np.stack([col + 0.5 - len(self.maze[0]) / 2, len(self.maze) / 2 - row - 0.5], -1)
+
+    def draw_goal(self, key: jax.Array) -> jax.Array:
+        """A goal [2] of an evaluation episode."""
+        centre, (first, second) = jnp.asarray(self.centre(self.cells("G")[0]), float), jax.random.split(key)
+        if self.ant == "gymnasium":
+            return centre + jax.random.uniform(first, (2,), minval=-1.0, maxval=1.0)
+        return centre + jax.random.uniform(first, (2,)) + jax.random.uniform(second, (2,), maxval=0.5)
+
+    def start(self, key: jax.Array) -> Errand:
+        goal_key, place_key, position, velocity = jax.random.split(key, 4)
+        noise = jax.random.uniform(position, (15,), minval=-0.1, maxval=0.1)
+        qpos = jnp.asarray(self.model.qpos0) + noise
+        start = jnp.asarray(self.centre(self.cells("R")[0]), float)
+        wide = jax.random.uniform(place_key, (2,), minval=-1.0, maxval=1.0)
+        qpos = qpos.at[:2].set(start + (noise[:2] if self.ant == "d4rl" else wide))
+        goal = self.draw_goal(goal_key) if self.fixed_goal is None else self.fixed_goal
+        return Errand(self.put(qpos, 0.1 * jax.random.normal(velocity, (14,))), goal)
+
+    def reset_to(self, qpos: jax.Array, qvel: jax.Array, goal: jax.Array | None = None):
+        """As for every body; `goal` [2] is by default the middle of the region in which the evaluation's goals lie."""
+        if goal is None:
+            goal = self.centre(self.cells("G")[0]) + (0.75 if self.ant == "d4rl" else 0.0)
+        return self.begin(Errand(self.put(qpos, qvel), jnp.asarray(goal, float)))
+
+    def advance(self, inner: Errand, action: jax.Array):
+        body = self.engine.step(inner.body, self.control(action))
+        reached = jnp.linalg.norm(body.qpos[:2] - inner.goal) <= self.radius
+        return inner.replace(body=body), jnp.asarray(reached, float), reached, reached
+
+    def observe(self, inner: Errand) -> jax.Array:
+        return jnp.concatenate([inner.body.qpos, inner.body.qvel])
+
+    @property
+    def observation_size(self) -> int:
+        return 29
+
+    @property
+    def layout(self) -> dict:
+        """What a figure draws, as for the point mass: bounds, wall segments, start, goal and its radius, in metres."""
+        centres = self.centre(self.cells("#"))
+        x, y = centres.T
+        walls = []
+        for row, col in self.cells("#"):
+            for step in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+                r, c = row + step[0], col + step[1]
+                if (r, c) in self.cells(" RG"):
+                    here, there = self.centre((row, col)), self.centre((r, c))
+                    middle, along = (here + there) / 2, (there - here)[::-1] / 2
+                    walls.append((tuple(middle - along), tuple(middle + along)))
+        goal = self.centre(self.cells("G")[0]) + (0.75 if self.ant == "d4rl" else 0.0)
+        return {
+            "bounds": (x.min() - 2, x.max() + 2, y.min() - 2, y.max() + 2), "walls": walls, "start": tuple(self.centre(self.cells("R")[0])),
+            "goal": tuple(goal), "goal_radius": self.radius,
+        }  # fmt: skip
+
+
+def d4rl_ant() -> mujoco.MjSpec:
+    """Gymnasium's ant with the step, the motors and the contact impedance of D4RL's (d4rl/locomotion/assets/ant.xml)."""
+    spec = load_spec("ant.xml")
+    spec.option.timestep = 0.02
+    for motor in spec.actuators:
+        motor.gear[0], motor.ctrlrange = 1.0, [-30.0, 30.0]
+    for geom in spec.geoms:
+        geom.solimp[:3] = [0.8, 0.8, 0.01]
+    return spec
+
+
+class AntWalk(PhysicsTask):
+    """D4RL's ant on an open floor, to be taught to walk ahead: it sees itself in the frame of `Heading`, so ahead is always +x.
+
+    Reward per step: speed along x in m/s + 0.2 - 0.02 |action|^2; ends when the torso leaves 0.3 to 1 m, or after 500 steps.
+    """
+
+    horizon = 500
+
+    def __init__(self, physics: str = "auto", ant: str = "d4rl"):
+        super().__init__(compile_spec(d4rl_ant() if ant == "d4rl" else load_spec("ant.xml")), 5, physics, root="torso")
+
+    def start(self, key: jax.Array) -> Body:
+        position, velocity, turn = jax.random.split(key, 3)
+        qpos = jnp.asarray(self.model.qpos0) + jax.random.uniform(position, (15,), minval=-0.1, maxval=0.1)
+        yaw = jax.random.uniform(turn, maxval=2 * jnp.pi)
+        qpos = qpos.at[3:7].set(quaternion_product(yaw_quaternion(yaw), qpos[3:7]))
+        return self.put(qpos, 0.1 * jax.random.normal(velocity, (14,)))
+
+    def advance(self, inner: Body, action: jax.Array):
+        _, to_joints = canonical(inner.qpos[2:], inner.qvel, jnp.array([1.0, 0.0]))
+        action = to_joints(action)
+        body = self.engine.step(inner, self.control(action))
+        height = body.qpos[2]
+        reward = body.moved[0] / self.dt + 0.2 - 0.02 * jnp.sum(action**2)
+        return body, reward, (height < 0.3) | (height > 1.0), jnp.bool_(False)
+
+    def observe(self, inner: Body) -> jax.Array:
+        return canonical(inner.qpos[2:], inner.qvel, jnp.array([1.0, 0.0]))[0]
+
+    @property
+    def observation_size(self) -> int:
+        return 27
+
+
+def yaw_quaternion(angle: jax.Array) -> jax.Array:
+    """The rotation by `angle` [] about z as a quaternion [4] (w, x, y, z)."""
+    return jnp.stack([jnp.cos(angle / 2), 0.0 * angle, 0.0 * angle, jnp.sin(angle / 2)])
+
+
+def quaternion_product(p: jax.Array, q: jax.Array) -> jax.Array:
+    """The rotation q [4], then p [4]."""
+    pw, pv, qw, qv = p[0], p[1:], q[0], q[1:]
+    return jnp.concatenate([(pw * qw - pv @ qv)[None], pw * qv + qw * pv + jnp.cross(pv, qv)])
+
+
+LEG_SIGNS = np.float32([[1, 1], [1, -1], [1, -1], [1, 1]])  # leg by leg (hip, ankle): ankles turn about axes that do not all point alike
+MOTOR_LEGS = np.array([3, 0, 1, 2])  # the motors begin with the fourth leg
+
+
+def canonical(pose: jax.Array, qvel: jax.Array, direction: jax.Array):
+    """The ant as it would look if `direction` [2] were +x and its nearest leg pair in front: (observation [27], map of its actions [8]).
+
+    pose [13] = qpos[2:], qvel [14]. Turning the world about z changes nothing for a walking ant, nor does calling each leg by its
+    neighbour's name. With both freedoms used up, a policy has to learn one gait in one direction, within 45 degrees of ahead; the map
+    takes the policy's action to the real joints.
+    """
+    quaternion, joints = pose[1:5], pose[5:].reshape(4, 2)
+    quaternion = quaternion / jnp.linalg.norm(quaternion)
+    turned = quaternion_product(yaw_quaternion(-jnp.arctan2(direction[1], direction[0])), quaternion)
+    yaw = jnp.arctan2(2 * (turned[0] * turned[3] + turned[1] * turned[2]), 1 - 2 * (turned[2] ** 2 + turned[3] ** 2))
+    quarter = jnp.round(yaw / (jnp.pi / 2)).astype(jnp.int32)  # how many quarter turns the body is away from ahead
+    back = -quarter * (jnp.pi / 2)
+    turned = quaternion_product(turned, yaw_quaternion(back))
+    turned = jnp.where(turned[0] < 0, -turned, turned)
+    # Renaming legs: what stands at place i in the new frame is the leg i - quarter, counter-clockwise.
+    signs = jnp.asarray(LEG_SIGNS)
+    rename = lambda legs: jnp.roll(legs * signs, quarter, axis=0) * signs  # noqa: E731
+    length = jnp.linalg.norm(direction) + 1e-9
+    cos, sin = direction[0] / length, direction[1] / length
+    velocity = jnp.array([cos * qvel[0] + sin * qvel[1], cos * qvel[1] - sin * qvel[0], qvel[2]])
+    spin = jnp.array([jnp.cos(back) * qvel[3] + jnp.sin(back) * qvel[4], jnp.cos(back) * qvel[4] - jnp.sin(back) * qvel[3], qvel[5]])
+    obs = jnp.concatenate([pose[:1], turned, rename(joints).reshape(-1), velocity, spin, rename(qvel[6:].reshape(4, 2)).reshape(-1)])
+
+    def to_joints(action: jax.Array) -> jax.Array:
+        legs = action.reshape(4, 2)[jnp.argsort(MOTOR_LEGS)] * signs
+        return (jnp.roll(legs, -quarter, axis=0) * signs)[MOTOR_LEGS].reshape(-1)
+
+    return obs, to_joints

@@ -1,0 +1,257 @@
+"""Contact functions that agree with C MuJoCo, for the three geom pairs where MJX's own do not.
+
+MJX 3.17 departs from the C engine in three functions of its collision table:
+
+==============  ====================================================  ==============================================
+pair            MJX                                                   C, and here
+==============  ====================================================  ==============================================
+plane-capsule   default tangent within 30 degrees of the vertical     friction frame aligned to the capsule, always
+sphere-box      no contact while separated: the margin is lost        exact distance, inside and outside
+capsule-box     the same, and other contact points                    nearest point, then a second along the capsule
+==============  ====================================================  ==============================================
+
+The first bends the friction pyramid of every walking leg, the other two change what happens near walls. The rules
+are those of `mjc_PlaneCapsule`, `mjraw_SphereBox` and `mjraw_CapsuleBox`, with their tie-breaks, written as array
+arithmetic for one pair of geoms; MJX's `collider` vectorises over the pairs. Products are written as sums, since an
+accelerator may round matrix products to fewer digits than a contact can spare.
+"""
+
+import contextlib
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from mujoco.mjx._src import collision_driver
+from mujoco.mjx._src.collision_primitive import collider
+from mujoco.mjx._src.collision_types import Collision, GeomInfo
+from mujoco.mjx._src.types import GeomType
+
+TINY = 1e-15  # mjMINVAL: what C takes for zero
+SEPARATED = 1.0  # distance that MJX gives to a contact that does not exist
+
+# The 12 edges of a box in the order in which C visits them: the axis an edge runs along, and whether its lower end
+# lies on the upper side of each axis (never, along its own).
+EDGE_AXIS = np.repeat(np.arange(3), 4)
+EDGE_UPPER = np.array([[bool(i & 1), bool(i & 2), bool(i & 4)] for j in range(3) for i in range(8) if not i & (1 << j)])
+
+
+@collider(ncon=2)
+def plane_capsule(plane: GeomInfo, capsule: GeomInfo) -> Collision:
+    """One contact for each end of the capsule: dist [2], pos [2, 3], frame [2, 3, 3], tangent along the capsule."""
+    normal, axis, radius = plane.mat[:, 2], capsule.mat[:, 2], capsule.size[0]
+    ends = capsule.pos + axis * capsule.size[1] * jnp.array([[1.0], [-1.0]], axis.dtype)
+    dist = jnp.sum((ends - plane.pos) * normal, -1) - radius
+    pos = ends - normal * (radius + dist / 2)[:, None]
+    return dist, pos, jnp.stack([_frame(normal, axis)] * 2)
+
+
+@collider(ncon=1)
+def sphere_box(sphere: GeomInfo, box: GeomInfo) -> Collision:
+    """The contact of a sphere and a box: dist [], pos [3], frame [3, 3]."""
+    center = _to_local(box.mat, sphere.pos - box.pos)
+    return _sphere_box(center, sphere.size[0], box)
+
+
+@collider(ncon=2)
+def capsule_box(capsule: GeomInfo, box: GeomInfo) -> Collision:
+    """Up to two contacts of a capsule and a box: dist [2], pos [2, 3], frame [2, 3, 3].
+
+    A capsule is a sphere swept along a segment, so the contacts are those of two spheres on it: one at the point
+    nearest to the box, the other (if any) as far along the box's surface as both bodies reach. A missing second
+    contact has the distance that MJX gives to separated geoms.
+    """
+    radius, length = capsule.size[0], capsule.size[1]
+    pos = _to_local(box.mat, capsule.pos - box.pos)
+    axis = _to_local(box.mat, capsule.mat[:, 2])
+    half = axis * length
+
+    first, second, exists = _segment_box(pos, axis, half, length, box.size)
+    contacts = [_sphere_box(pos + half * t, radius, box) for t in (first, second)]
+    dist, points, frames = (jnp.stack(part) for part in zip(*contacts))
+    return dist.at[1].set(jnp.where(exists, dist[1], SEPARATED)), points, frames
+
+
+CONTACTS = {
+    (GeomType.PLANE, GeomType.CAPSULE): plane_capsule,
+    (GeomType.SPHERE, GeomType.BOX): sphere_box,
+    (GeomType.CAPSULE, GeomType.BOX): capsule_box,
+}
+
+_lock = threading.Lock()
+_holders = 0  # how many `exact_contacts` are open
+_upstream = {}  # what the table held before the first of them
+
+
+@contextlib.contextmanager
+def exact_contacts():
+    """MJX's collision table with `CONTACTS` in it, while a function is traced; MJX is as it was afterwards.
+
+    Also a decorator: `jax.jit(exact_contacts()(mjx.step))`. What is compiled inside keeps these functions, and what
+    was compiled outside keeps MJX's, so give each its own function to `jax.jit`, as the decorator does. May be nested;
+    other threads that trace MJX at the same time see the same table.
+    """
+    global _holders
+    table = collision_driver._COLLISION_FUNC
+    with _lock:
+        if _holders == 0:
+            _upstream.update({pair: table[pair] for pair in CONTACTS})
+            table.update(CONTACTS)
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders -= 1
+            if _holders == 0:
+                table.update(_upstream)
+
+
+def _to_local(mat: jax.Array, vector: jax.Array) -> jax.Array:
+    """`vector` [3] of the world in the frame whose axes are the columns of `mat` [3, 3]."""
+    return jnp.sum(mat * vector[:, None], 0)
+
+
+def _to_world(mat: jax.Array, vector: jax.Array) -> jax.Array:
+    """Inverse of `_to_local`."""
+    return jnp.sum(mat * vector, 1)
+
+
+def _frame(normal: jax.Array, tangent: jax.Array | None = None) -> jax.Array:
+    """Contact frame [3, 3], rows normal, tangent and their cross product, from a unit normal [3].
+
+    Without a tangent it is C's default, the y axis, or z if the normal is within 60 degrees of y. Where the tangent
+    runs along the normal, to rounding, nothing is left of it and the x axis stands in, as in C.
+    """
+    if tangent is None:
+        along_y = jnp.abs(normal[1]) >= 0.5
+        tangent = jnp.where(along_y, jnp.array([0, 0, 1], normal.dtype), jnp.array([0, 1, 0], normal.dtype))
+    tangent = tangent - normal * jnp.sum(normal * tangent)
+    size = jnp.sqrt(jnp.sum(tangent**2))
+    lost = size < max(TINY, 4 * float(jnp.finfo(normal.dtype).eps))
+    tangent = jnp.where(lost, jnp.array([1, 0, 0], normal.dtype), tangent / jnp.where(lost, 1, size))
+    return jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
+
+
+def _sphere_box(center: jax.Array, radius: jax.Array, box: GeomInfo) -> Collision:
+    """The contact of a box and a sphere at `center` [3] of the box's frame: dist [], pos [3], frame [3, 3] of the world."""
+    # Outside: the nearest point of the box is the centre clamped to it, the normal points there.
+    nearest = jnp.clip(center, -box.size, box.size)
+    gap = jnp.sqrt(jnp.sum((nearest - center) ** 2))
+    inside = gap <= TINY
+    inward = (nearest - center) / jnp.where(inside, 1, gap)
+
+    # Inside: out through the nearest of the six faces (x low, x high, y low, ...), the first of equals.
+    depths = jnp.stack([jnp.abs(-box.size - center), jnp.abs(box.size - center)], 1).reshape(6)
+    face = jnp.argmin(depths)
+    depth = depths[face]
+    from_face = jnp.where(jnp.arange(3) == face // 2, jnp.where(face % 2 == 1, -1, 1), 0).astype(center.dtype)
+
+    normal = jnp.where(inside, from_face, inward)
+    dist = jnp.where(inside, -depth, gap) - radius
+    # Halfway between the deepest point of the sphere and the surface of the box.
+    pos = jnp.where(inside, center + normal * (radius - depth) / 2, (nearest + center + normal * radius) / 2)
+    return dist, _to_world(box.mat, pos) + box.pos, _frame(_to_world(box.mat, normal))
+
+
+def _segment_box(pos: jax.Array, axis: jax.Array, half: jax.Array, length: jax.Array, size: jax.Array) -> tuple:
+    """Places of the two spheres on the segment `pos + half * t`, t in [-1, 1], and whether there is a second.
+
+    All in the frame of the box with half sizes `size` [3]; `half` [3] is the unit `axis` [3] times `length` [].
+    """
+    # The nearest point is an end of the segment over (or in) a face, or a point that faces an edge.
+    ends = pos + half * jnp.array([[-1.0], [1.0]], pos.dtype)
+    beyond = jnp.abs(ends) > size
+    end_gap = jnp.sum((jnp.clip(ends, -size, size) - ends) ** 2, -1)
+    end_gap = jnp.where(jnp.sum(beyond, -1) > 1, jnp.inf, end_gap)  # beyond two faces an edge or a corner is nearer
+    edge_gap, on_edge, on_segment, edge_end = _segment_edges(pos, half, length, size)
+
+    # One after another as in C, since an edge must be nearer by more than TINY.
+    best, winner = end_gap[0], jnp.array(0)
+    for k in range(1, 14):
+        gap = end_gap[k] if k < 2 else edge_gap[k - 2]
+        nearer = gap < (best if k < 2 else best - TINY)
+        best, winner = jnp.where(nearer, gap, best), jnp.where(nearer, k, winner)
+
+    edge = jnp.maximum(winner - 2, 0)
+    is_end = winner < 2
+    t = jnp.where(is_end, jnp.where(winner == 0, -1, 1).astype(pos.dtype), on_segment[edge])
+    # How far in t the segment runs along each axis before it has crossed the box.
+    speed = jnp.abs(half)
+    crossing = _divide(2 * size, speed)
+
+    # An end over a face: along the segment to where it leaves the face's outline. An end in the box has no second.
+    over = beyond[jnp.where(winner == 1, 1, 0)]
+    exits = _divide(jnp.stack([size, -size]) - (pos + half * t), half * -t)
+    exits = jnp.where((exits > 0) & ~over, exits, 2)
+    face_step, face_two = -t * jnp.minimum(2, jnp.min(exits)), jnp.any(over)
+
+    # `differs`: whether the segment's direction and the corner are on different sides of an axis.
+    own = jnp.arange(3) == jnp.asarray(EDGE_AXIS)[edge]
+    upper = jnp.asarray(EDGE_UPPER)[edge] | (own & (edge_end[edge] > 0))
+    forward = half > 0
+    differs = forward != upper
+
+    # A corner: none if the segment points at it or away from it. Else one axis is the odd one out; a segment that is
+    # mostly along it follows that edge, any other the face across.
+    count = jnp.sum(differs)
+    odd, way = differs == (count == 1), jnp.where(count == 1, 1, -1).astype(pos.dtype)
+    follow = way * jnp.minimum(1 - way * t, jnp.min(jnp.where(odd, crossing, jnp.inf)))
+    across = -way * jnp.minimum(1 + way * t, jnp.min(jnp.where(odd, jnp.inf, crossing)))
+    corner_step = jnp.where(jnp.sum(jnp.where(odd, axis**2, 0)) > 0.5, follow, across)
+    corner_two = (count == 1) | (count == 2)
+
+    # The middle of an edge: none if the segment meets it like a T. Else over the face that it is flatter to, to the
+    # face's far side or to the end of the edge, whichever comes first.
+    along = jnp.asarray(EDGE_AXIS)[edge]
+    next1, next2 = (along + 1) % 3, (along + 2) % 3
+    main = jnp.where(jnp.abs(axis[next1]) > jnp.abs(axis[next2]), next1, next2)
+    way = jnp.where(differs[main], 1, -1).astype(pos.dtype)
+    rest = 1 - jnp.where(forward[along] == differs[main], 1, -1) * on_edge[edge]
+    edge_step = jnp.minimum(jnp.minimum(1 - way * t, crossing[main]), _divide(size[along] * rest, speed[along])) * way
+    edge_two = jnp.sum(differs & ~own) == 1
+
+    in_middle = edge_end[edge] == 0
+    step = jnp.where(is_end, face_step, jnp.where(in_middle, edge_step, corner_step))
+    exists = jnp.where(is_end, face_two, jnp.where(in_middle, edge_two, corner_two))
+    return t, t + jnp.where(exists, step, 0), exists
+
+
+def _segment_edges(pos: jax.Array, half: jax.Array, length: jax.Array, size: jax.Array) -> tuple:
+    """Nearest points of the segment and each of the 12 edges.
+
+    Returns the squared distances, the places on the edges and on the segment in [-1, 1], and whether a place counts as
+    the lower end (-1), the middle (0) or the upper end (1) of its edge, each [12]. A parallel edge is infinitely far.
+    """
+    along = np.arange(3) == EDGE_AXIS[:, None]
+    reach = size[EDGE_AXIS]
+    offset = jnp.where(along, 0, jnp.where(EDGE_UPPER, size, -size)) - pos
+
+    # Both places minimise a quadratic: ma x + mb y = u (edge), mb x + mc y = v (segment).
+    ma, mb, mc = reach**2, -reach * half[EDGE_AXIS], length**2
+    u, v = -reach * jnp.sum(jnp.where(along, offset, 0), -1), jnp.sum(offset * half, -1)
+    det = ma * mc - mb**2
+    parallel = jnp.abs(det) < TINY
+
+    # The free minimum on the edge, clamped; the best answer on the segment; if that leaves the segment, the best
+    # answer on the edge once more. `end` keeps the first clamp unless the second clamps again, as in C.
+    free = (mc * u - mb * v) / jnp.where(parallel, 1, det)
+    x, end = jnp.clip(free, -1, 1), _beyond_one(free)
+    free = (v - mb * x) / mc
+    y, off = jnp.clip(free, -1, 1), _beyond_one(free)
+    free = (u - mb * y) / ma
+    x = jnp.where(off != 0, jnp.clip(free, -1, 1), x)
+    end = jnp.where((off != 0) & (_beyond_one(free) != 0), _beyond_one(free), end)
+
+    gap = jnp.sum((offset - half * y[:, None] + jnp.where(along, (reach * x)[:, None], 0)) ** 2, -1)
+    return jnp.where(parallel, jnp.inf, gap), x, y, end
+
+
+def _beyond_one(x: jax.Array) -> jax.Array:
+    """1 above 1, -1 below -1, else 0."""
+    return (x > 1).astype(int) - (x < -1).astype(int)
+
+
+def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, infinite where y is zero."""
+    return jnp.where(y == 0, jnp.inf, x / jnp.where(y == 0, 1, y))

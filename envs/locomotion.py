@@ -1,0 +1,176 @@
+"""The four bodies of D4RL's locomotion tasks, and the sparse tasks of OOO's appendix: MuJoCo's halfcheetah, hopper, walker2d and ant.
+
+Models are the XML files that Gymnasium ships, rewards and endings those of Gym's v2 tasks, which recorded D4RL's data; Gymnasium's v4
+tasks agree with them. Edits to a model, and why:
+
+* Contact margins are halved (hopper, ant). Since MuJoCo 3.5 the margins of two geoms add up, where the larger one used to count. All
+  geoms of a model have the same margin, so that half of it gives each pair what it had when the data were recorded.
+* `walker2d.xml`, not `walker2d_v5.xml`: the right foot's friction is 0.9 there and was in the data; v5 has 1.9.
+* MJX alone: the solver stops after `SOLVER` iterations, since a batch waits for its slowest world (docs/physics.md has the effect).
+
+The ant is observed without contact forces: Gym's v2 gave 84 of them, but they were all 0 in D4RL's data, and the loader drops them.
+"""
+
+import pathlib
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import mujoco
+from flax import struct
+
+from envs.physics import Body, PhysicsTask
+
+ASSETS = pathlib.Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+
+
+def load_spec(file: str | pathlib.Path) -> mujoco.MjSpec:
+    """An editable model from Gymnasium's assets (or a path); a file that MuJoCo refuses is a ValueError with its reason."""
+    path = ASSETS / file
+    try:
+        return mujoco.MjSpec.from_file(str(path))
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: MuJoCo refuses this model ({reason}); if the file is gymnasium's, reinstall gymnasium") from None
+
+
+def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
+    """The model of `spec`, with the contact margins of MuJoCo before 3.5 (see the head of this module)."""
+    model = spec.compile()
+    if len(set(model.geom_margin)) > 1:
+        raise ValueError(f"{spec.modelname}: its geoms have different contact margins, so halving them would not restore the old rule")
+    model.geom_margin *= 0.5
+    return model
+
+
+class Locomotion(PhysicsTask):
+    """Run forward: reward per step = speed in m/s + `alive` - `control_cost` * |action|^2, until `healthy` fails or 1000 steps are over."""
+
+    file: str
+    frame_skip: int
+    root: str | None = None
+    control_cost: float
+    alive = 0.0
+    noise: float  # of the start: uniform on positions, and on velocities
+    normal_velocities = False  # velocities start as 0.1 times a standard normal instead
+    horizon = 1000
+
+    def __init__(self, physics: str = "auto"):
+        super().__init__(compile_spec(load_spec(self.file)), self.frame_skip, physics, self.root)
+
+    def start(self, key: jax.Array) -> Body:
+        position, velocity = jax.random.split(key)
+        uniform = lambda key, size: jax.random.uniform(key, (size,), minval=-self.noise, maxval=self.noise)  # noqa: E731
+        nq, nv = self.model.nq, self.model.nv
+        qvel = 0.1 * jax.random.normal(velocity, (nv,)) if self.normal_velocities else uniform(velocity, nv)
+        return self.put(jnp.asarray(self.model.qpos0) + uniform(position, nq), qvel)
+
+    def advance(self, inner: Body, action: jax.Array):
+        body = self.engine.step(inner, self.control(action))
+        reward = body.moved[0] / self.dt + self.alive - self.control_cost * jnp.sum(action**2)
+        return body, reward, ~self.healthy(body), jnp.bool_(False)
+
+    def healthy(self, body: Body) -> jax.Array:
+        """Whether the episode goes on, [] bool."""
+        return jnp.bool_(True)
+
+    def observe(self, inner: Body) -> jax.Array:
+        return jnp.concatenate([inner.qpos[1:], inner.qvel])
+
+    @property
+    def observation_size(self) -> int:
+        return self.model.nq - 1 + self.model.nv
+
+
+class HalfCheetah(Locomotion):
+    """17 observations, 6 actions; never ends early. Gym HalfCheetah-v2, Gymnasium v4 and v5."""
+
+    file, frame_skip = "half_cheetah.xml", 5
+    control_cost, noise, normal_velocities = 0.1, 0.1, True
+
+
+class Hopper(Locomotion):
+    """11 observations, 3 actions; ends when it falls, the healthy reward of the last step included. Gym Hopper-v2, Gymnasium v4."""
+
+    file, frame_skip = "hopper.xml", 4
+    control_cost, alive, noise = 1e-3, 1.0, 5e-3
+    max_state = 100.0
+
+    def healthy(self, body: Body) -> jax.Array:
+        height, angle = body.qpos[1], body.qpos[2]
+        bounded = (jnp.abs(body.qpos[2:]) < self.max_state).all() & (jnp.abs(body.qvel) < self.max_state).all()
+        return bounded & (height > 0.7) & (jnp.abs(angle) < 0.2)
+
+    def observe(self, inner: Body) -> jax.Array:
+        return jnp.concatenate([inner.qpos[1:], jnp.clip(inner.qvel, -10.0, 10.0)])
+
+
+class Walker2d(Hopper):
+    """17 observations, 6 actions; ends when it falls. Gym Walker2d-v2, Gymnasium v4 (v5 has another right foot)."""
+
+    file, frame_skip = "walker2d.xml", 4
+
+    def healthy(self, body: Body) -> jax.Array:
+        height, angle = body.qpos[1], body.qpos[2]
+        return (height > 0.8) & (height < 2.0) & (jnp.abs(angle) < 1.0)
+
+
+class Ant(Locomotion):
+    """27 observations, 8 actions; ends when the torso leaves 0.2 to 1 m. Gym Ant-v2, Gymnasium v4, both without contact forces."""
+
+    file, frame_skip, root = "ant.xml", 5, "torso"
+    control_cost, alive, noise, normal_velocities = 0.5, 1.0, 0.1, True
+
+    def healthy(self, body: Body) -> jax.Array:
+        return (body.qpos[2] >= 0.2) & (body.qpos[2] <= 1.0)
+
+    def observe(self, inner: Body) -> jax.Array:
+        return jnp.concatenate([inner.qpos[2:], inner.qvel])
+
+    @property
+    def observation_size(self) -> int:
+        return self.model.nq - 2 + self.model.nv
+
+
+@struct.dataclass
+class Trip:
+    """A body, and where its episode began."""
+
+    body: Body
+    origin: jax.Array
+
+
+class Sparse:
+    """Mixin: reward 1 for every step that ends more than `threshold` m ahead of the start, which is the success; never ends early."""
+
+    threshold: float
+
+    def begin(self, inner: Body | Trip):
+        return super().begin(Trip(inner, inner.place[0]) if isinstance(inner, Body) else inner)
+
+    def advance(self, inner: Trip, action: jax.Array):
+        body = self.engine.step(inner.body, self.control(action))
+        far = body.place[0] - inner.origin > self.threshold
+        return inner.replace(body=body), jnp.asarray(far, float), jnp.bool_(False), far
+
+    def observe(self, inner: Trip) -> jax.Array:
+        return super().observe(inner.body)
+
+
+class HalfCheetahSparse(Sparse, HalfCheetah):
+    """The HalfCheetah of LOGO and OOO(RLPD): x is not observed."""
+
+    threshold = 20.0
+
+
+class AntSparse(Sparse, Ant):
+    """The Ant of OOO(RLPD): x is observed, before the rest (28 observations)."""
+
+    threshold = 10.0
+
+    def observe(self, inner: Trip) -> jax.Array:
+        return jnp.concatenate([inner.body.qpos[:1], super().observe(inner)])
+
+    @property
+    def observation_size(self) -> int:
+        return super().observation_size + 1
