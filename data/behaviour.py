@@ -37,7 +37,7 @@ STD_MIN = 1e-3  # of brax's tanh-normal distribution
 
 
 class Recorded(Wrapper):
-    """Hands every transition of the batched environment below it to `keep(obs, action, reward, next_obs, termination, truncation)` on the host."""
+    """Hands every batch of transitions to `keep(obs, action, reward, next_obs, termination, done)` on the host, arrays [worlds, ...]."""
 
     def __init__(self, env: Any, keep: Callable):
         super().__init__(env)
@@ -45,7 +45,14 @@ class Recorded(Wrapper):
 
     def step(self, state, action):
         following = self.env.step(state, action)
-        row = (state.obs, jnp.clip(action, -1, 1), following.reward, following.info["true_obs"], following.info["termination"], following.done)
+        row = (
+            state.obs,
+            jnp.clip(action, -1, 1),
+            following.reward,
+            following.info["true_obs"],
+            following.info["termination"],
+            following.done,
+        )
         jax.experimental.io_callback(self.keep, None, *row, ordered=True)
         return following
 
@@ -83,8 +90,8 @@ def train(
 ) -> dict:  # fmt: skip
     """Trains on `env` for `steps` environment steps; returns what `save` takes.
 
-    `progress(step, mean return of 32 episodes)` is called about 20 times; `keep` receives all experience (see `Recorded`); `settings` replace
-    the defaults of `SETTINGS`.
+    `progress(step, mean return of 32 episodes)` is called about 20 times; `keep` receives all experience (see `Recorded`);
+    `settings` replace the defaults of `SETTINGS`.
     """
     if not hasattr(jax, "device_put_replicated"):  # brax 0.14.2 still calls what jax 0.10 took out
         jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)

@@ -194,7 +194,7 @@ def _find(name: str) -> pathlib.Path:
         file = elsewhere if elsewhere.is_file() else public.d4rl_file(name) or file
     if not file.is_file() and name in RECIPES:
         raise DatasetError(
-            f"{name} is not in {_datasets_root()} and takes a behaviour policy to make: python data/generate.py {name} --policy FILE"
+            f"{name} is not in {_datasets_root()} and is made by hand: python data/generate.py {name}, which says what it needs"
         )
     if not file.is_file():
         root = _datasets_root()
@@ -358,7 +358,7 @@ def own(env: str) -> str:
     """The dataset of ours that `--dataset auto` means for an environment: the only one made for it that needs no policy, or "none"."""
     from data.generate import GENERATED
 
-    found = [name for name, recipe in GENERATED.items() if recipe.env == env and not name.endswith(("/random-v0", "/medium-replay-v0"))]
+    found = [name for name, recipe in GENERATED.items() if recipe.env == env and not name.endswith("/random-v0")]
     return found[0] if found else "none"
 
 
@@ -387,7 +387,18 @@ def check_writable() -> None:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise DatasetError(f"the dataset folder {root} cannot be written ({error.strerror}); set MINARI_DATASETS_PATH to one that can") from None
+        raise DatasetError(
+            f"the dataset folder {root} cannot be written ({error.strerror}); set MINARI_DATASETS_PATH to one that can"
+        ) from None
+
+
+def episode(obs: np.ndarray, last_obs: np.ndarray, action: np.ndarray, reward: np.ndarray, terminations: np.ndarray) -> dict:
+    """An episode of T rows as `write_minari` takes it: obs [T, obs], then `last_obs` [obs]. It is truncated if it did not terminate."""
+    terminations = np.asarray(terminations, bool)
+    truncations = np.zeros(len(reward), bool)
+    truncations[-1:] = ~terminations[-1:]
+    observations = np.concatenate([obs, last_obs[None]])
+    return {"observations": observations, "actions": action, "rewards": reward, "terminations": terminations, "truncations": truncations}
 
 
 def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, description: str, recipe: Any = None) -> None:
@@ -419,7 +430,10 @@ def write_minari(dataset_id: str, episodes: list[dict[str, np.ndarray]], *, desc
                 action_space=gymnasium.spaces.Box(-1, 1, (action,), np.float32), requirements=[],
             )  # fmt: skip
         scores = reference(dataset_id)
-        extra = {"recipe": recipe if isinstance(recipe, str) else json.dumps(recipe or ""), **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {})}
+        extra = {
+            "recipe": recipe if isinstance(recipe, str) else json.dumps(recipe or ""),
+            **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {}),
+        }
         written.storage.update_metadata(extra)
         metadata = root / temporary / "data" / "metadata.json"
         metadata.write_text(metadata.read_text().replace(temporary, dataset_id))
@@ -440,12 +454,5 @@ def export_experience(dataset_id: str, rows: Transition, num_envs: int, descript
         goes_on = (own.discount[:-1] > 0) & (own.next_obs[:-1] == own.obs[1:]).all(axis=1)
         cuts = [0, *(np.flatnonzero(~goes_on) + 1), len(own.reward)]
         for a, b in itertools.pairwise(cuts):
-            terminations = own.discount[a:b] == 0
-            truncations = np.zeros(b - a, bool)
-            truncations[-1] = not terminations[-1]
-            observations = np.concatenate([own.obs[a:b], own.next_obs[b - 1 : b]])
-            episodes.append({
-                "observations": observations, "actions": own.action[a:b], "rewards": own.reward[a:b],
-                "terminations": terminations, "truncations": truncations,
-            })  # fmt: skip
+            episodes.append(episode(own.obs[a:b], own.next_obs[b - 1], own.action[a:b], own.reward[a:b], own.discount[a:b] == 0))
     write_minari(dataset_id, episodes, description=description, recipe=recipe)

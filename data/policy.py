@@ -33,7 +33,15 @@ OUTPUTS = ("tanh", "clip", "tanh_mean")
 REQUIRED = ("obs_mean", "obs_std", "obs_clip", "num_layers", "hidden_activation", "output_activation", "action_low", "action_high")
 NOISE_HEAD = ("wS", "bS")
 NOISE_BOUNDS = ("log_std_min", "log_std_max")
-NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, *NOISE_BOUNDS, "std_min", "log_std", "file", "allow_pickle"}  # the last two mean something to numpy.savez
+NOT_PROVENANCE = {
+    *REQUIRED,
+    *NOISE_HEAD,
+    *NOISE_BOUNDS,
+    "std_min",
+    "log_std",
+    "file",
+    "allow_pickle",
+}  # the last two mean something to numpy.savez
 
 
 def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -88,8 +96,9 @@ def save(
 ) -> None:
     """Writes a policy with actions in [-1, 1] to `path`, whole or not at all.
 
-    `layers` are pairs (w [in, out], b [out]), `log_std` is [A] (or `softplus_head` is wS, bS and std_min), the mean and standard
-    deviation of observations are [D] or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would refuse is a ValueError.
+    `layers` are pairs (w [in, out], b [out]); `log_std` is [A], or `softplus_head` is (wS, bS, std_min); the mean and standard
+    deviation of observations are [D] or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would
+    refuse is a ValueError.
     """
     for name in NOT_PROVENANCE & set(provenance):
         raise ValueError(f"a policy's provenance cannot be called {name!r}: that name has a meaning of its own")

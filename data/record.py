@@ -1,7 +1,6 @@
 """Plays a behaviour in many worlds at once and gives its experience back as whole episodes, for the dataset generators."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,14 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import envs
+from data.datasets import episode
 
 CHUNK = 500  # steps of all worlds between two looks at the progress bar
 
 
 def record(
     env: envs.Env, begin: Callable, act: Callable, transitions: int, seed: int, worlds: int = 64, restart: Callable | None = None
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Episodes with `transitions` rows in all, as `datasets.write_minari` takes them; the last one is cut to fit.
 
     `begin(state, key) -> memory` is called where an episode starts, `act(memory, state, key) -> (action, memory, cut)` at each step of one
@@ -51,15 +51,26 @@ def record(
         while total < transitions:
             chunk += 1
             carry, rows = run(carry, jax.random.split(jax.random.fold_in(key, chunk), worlds))
-            finished = _finished(jax.device_get(rows), open_rows)
-            for episode in finished:
-                episode = _cut(episode, transitions - total)
-                total += len(episode["rewards"])
-                episodes.append(episode)
-                if total == transitions:
-                    break
-            progress.update(bar, completed=total)
-    return episodes
+            episodes += _finished(jax.device_get(rows), open_rows)
+            total = sum(len(episode["rewards"]) for episode in episodes)
+            progress.update(bar, completed=min(total, transitions))
+    return cut_to(episodes, transitions)
+
+
+def piece(whole: dict[str, np.ndarray], a: int, b: int) -> dict[str, np.ndarray]:
+    """Rows a to b of an episode as an episode of their own."""
+    obs, action, reward, ended = (whole[name] for name in ("observations", "actions", "rewards", "terminations"))
+    return episode(obs[a:b], obs[b], action[a:b], reward[a:b], ended[a:b])
+
+
+def cut_to(episodes: list[dict], transitions: int) -> list[dict]:
+    """The first `transitions` rows of `episodes`; one that is cut there ends with a truncation."""
+    kept, room = [], transitions
+    for whole in episodes:
+        taken = min(room, len(whole["rewards"]))
+        kept += [piece(whole, 0, taken)] if taken else []
+        room -= taken
+    return kept
 
 
 def _finished(rows: tuple, open_rows: list[list[tuple]]) -> list[dict]:
@@ -70,29 +81,12 @@ def _finished(rows: tuple, open_rows: list[list[tuple]]) -> list[dict]:
         begin = 0
         for last in np.flatnonzero(own[5]):
             pieces.append(tuple(field[begin : last + 1] for field in own))
-            found.append((last, w, _whole(pieces)))
+            obs, action, reward, next_obs, ended, _, broken = (np.concatenate(column) for column in zip(*pieces))
+            n = len(reward) - int(broken[-1])  # a broken step is the last of its episode, and its next observation a stand-in
+            if n:
+                found.append((last, w, episode(obs[:n], next_obs[n - 1], action[:n], reward[:n], ended[:n])))
             pieces.clear()
             begin = last + 1
         if begin < CHUNK:
             pieces.append(tuple(field[begin:] for field in own))
-    return [episode for _, _, episode in sorted(found, key=lambda item: item[:2]) if len(episode["rewards"])]
-
-
-def _whole(pieces: list[tuple]) -> dict[str, np.ndarray]:
-    obs, action, reward, next_obs, ended, _, broken = (np.concatenate(column) for column in zip(*pieces))
-    n = len(reward) - int(broken[-1])  # a step of broken physics is the last of its episode, and its next observation a stand-in
-    truncations = np.zeros(n, bool)
-    truncations[n - 1 :] = not ended[n - 1 : n].any()
-    return {
-        "observations": np.concatenate([obs[:n], next_obs[n - 1 : n]]), "actions": action[:n], "rewards": reward[:n],
-        "terminations": ended[:n], "truncations": truncations,
-    }  # fmt: skip
-
-
-def _cut(episode: dict[str, np.ndarray], limit: int) -> dict[str, np.ndarray]:
-    """The first `limit` rows of an episode; what is cut off counts as a truncation."""
-    if len(episode["rewards"]) <= limit:
-        return episode
-    short = {name: values[: limit + (name == "observations")].copy() for name, values in episode.items()}
-    short["truncations"][-1] = True
-    return short
+    return [whole for _, _, whole in sorted(found, key=lambda item: item[:2])]

@@ -48,7 +48,10 @@ class Errand:
 
 
 class AntMaze(PhysicsTask):
-    """Observation [29]: qpos (x, y first) and qvel; action [8]. Reward 1, success and termination within the goal's radius; falling ends nothing."""
+    """Observation [29]: qpos (x, y first) and qvel; action [8].
+
+    Reward 1, success and termination within the goal's radius; a fall ends nothing.
+    """
 
     def __init__(self, maze: str = "large", goal: str = "episode", ant: str = "d4rl", goal_seed: int = 0, physics: str = "auto"):
         for name, value, known in (("maze", maze, MAZES), ("goal", goal, ("episode", "fixed")), ("ant", ant, ("d4rl", "gymnasium"))):
@@ -79,7 +82,7 @@ class AntMaze(PhysicsTask):
         """Position (x, y) of the centre of `cell`, in metres."""
         row, col = np.asarray(cell)[..., 0], np.asarray(cell)[..., 1]
         if self.ant == "d4rl":
-            (row_start, col_start), = self.cells("R")
+            ((row_start, col_start),) = self.cells("R")
             return SCALE * np.stack([col - col_start, row - row_start], -1)
         return SCALE * np.stack([col + 0.5 - len(self.maze[0]) / 2, len(self.maze) / 2 - row - 0.5], -1)
 

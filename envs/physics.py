@@ -25,6 +25,7 @@ from flax import struct
 from mujoco.batch import Batch, SimulationError
 
 from envs.base import Task
+
 try:
     from envs.contacts import exact_contacts
 except ImportError:
@@ -83,7 +84,9 @@ class PhysicsTask(Task):
         """A body in the given state; the shapes are checked here, so that no engine meets wrong ones."""
         wanted = (self.model.nq,), (self.model.nv,)
         if (jnp.shape(qpos), jnp.shape(qvel)) != wanted:
-            raise ValueError(f"{type(self).__name__} needs qpos {wanted[0]} and qvel {wanted[1]}, not {jnp.shape(qpos)} and {jnp.shape(qvel)}")
+            raise ValueError(
+                f"{type(self).__name__} needs qpos {wanted[0]} and qvel {wanted[1]}, not {jnp.shape(qpos)} and {jnp.shape(qvel)}"
+            )
         return self.engine.begin(jnp.asarray(qpos, float), jnp.asarray(qvel, float))
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array) -> Any:
@@ -173,7 +176,9 @@ class CEngine:
             if len(old) not in self.batches:
                 self.batches[len(old)] = Batch(self.model, len(old))
             batch = self.batches[len(old)]
-            batch.bind("qpos")[:], batch.bind("qvel")[:], batch.bind("qacc_warmstart")[:], start = np.split(old, [nq, nq + nv, nq + 2 * nv], 1)
+            batch.bind("qpos")[:], batch.bind("qvel")[:], batch.bind("qacc_warmstart")[:], start = np.split(
+                old, [nq, nq + nv, nq + 2 * nv], 1
+            )
             batch.bind("ctrl")[:] = ctrl
             xpos = None if self.root is None else batch.bind("xpos")
             lost = []

@@ -136,7 +136,9 @@ def compare_contacts(pair: str, kind: str, exact: bool) -> dict:
         miscounted += len(found) != len(expected)
         # Contacts may come in either order; where one is missing, those that are there must still be right.
         short, long = sorted((found, expected), key=len)
-        options = ([[np.abs(a - b).max() for a, b in zip(s, w)] for s, w in zip(short, o)] for o in itertools.permutations(long, len(short)))
+        options = (
+            [[np.abs(a - b).max() for a, b in zip(s, w)] for s, w in zip(short, o)] for o in itertools.permutations(long, len(short))
+        )
         errors += min(options, key=lambda option: sum(map(sum, option)))
     counts = [len(contacts) for contacts in wanted]
     return {
@@ -153,7 +155,7 @@ def ant_among_walls() -> mujoco.MjModel:
     """Gymnasium's ant in a cell of four wall blocks, with Euler steps, which compile in a fraction of the time."""
     spec = mujoco.MjSpec.from_file(str(pathlib.Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
     for x, y in ((1.9, 0), (-1.9, 0), (0, 1.9), (0, -1.9)):
-        spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 0.5], size=[1, 1, 0.5])
+        spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 0.5], size=[1, 1, 0.5], contype=1, conaffinity=1)
     model = spec.compile()
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     model.opt.tolerance = 0  # else the last iteration, taken or not, is the error

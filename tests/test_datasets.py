@@ -127,7 +127,7 @@ def test_minari(root):
     datasets.write_minari("ooo/test/some-v0", parts, description="some", recipe={"seed": 1})
     data = load("ooo/test/some-v0")
     expect(data, parts)
-    assert data.card["recipe"] == "{'seed': 1}" and data.card["normalized_score"] is None
+    assert data.card["recipe"] == '{"seed": 1}' and data.card["normalized_score"] is None
     theirs = minari.load_dataset("ooo/test/some-v0")  # by Minari's own reader
     assert theirs.spec.dataset_id == "ooo/test/some-v0" and theirs.total_steps == sum(LENGTHS)
     np.testing.assert_array_equal(theirs[1].observations, parts[1]["observations"])
@@ -168,7 +168,7 @@ def test_ours_are_made_on_first_use(root):
 
 def test_generating_is_seeded(root):
     for name, seed in (("a-v0", 3), ("b-v0", 3), ("c-v0", 4)):
-        generate.over_the_wall(name, episodes=2, seed=seed)
+        generate.make("ooo/point-mass-wall/over-v0", name, transitions=150, seed=seed)
     a, b, c = (load(name).card["sha256"] for name in ("a-v0", "b-v0", "c-v0"))
     assert a == b != c
 

@@ -9,12 +9,14 @@ import envs
 from envs import point_mass_wall as pm
 from envs.rollout import rollout
 
-ALL = pytest.mark.parametrize("name", envs.names())
+SAME = ("play", "diverse-v0", "play-v0", "missing", "missing-v0", "missing-data", "umaze-diverse")  # names of one task with other data
+ALL = pytest.mark.parametrize("name", [name for name in envs.names() if not name.endswith(SAME)])
 
 
 @ALL
 def test_contract(name):
     env = envs.make(name)
+    env.horizon = min(env.horizon, 40 if name.startswith(("ant", "half", "hop", "walk")) else 150)
     keys = jax.random.split(jax.random.PRNGKey(0), 64)
     state = jax.jit(jax.vmap(env.reset))(keys)
     step = jax.jit(jax.vmap(lambda s, a, k: envs.step_and_reset(env, s, a, k)))
@@ -23,7 +25,8 @@ def test_contract(name):
         action = jax.random.uniform(jax.random.PRNGKey(i), (64, env.action_size), minval=-1, maxval=1)
         following, reached = step(state, action, jax.random.split(jax.random.PRNGKey(1000 + i), 64))
         assert reached.obs.shape == (64, env.observation_size)
-        for leaf in (reached.reward, reached.done, reached.info["termination"], reached.info["truncation"], reached.metrics["success"]):
+        flags = (reached.info[kind] for kind in ("termination", "truncation", "broken"))
+        for leaf in (reached.reward, reached.done, reached.metrics["success"], *flags):
             assert leaf.shape == (64,)
             assert leaf.dtype == jnp.float32
         assert (reached.done == jnp.maximum(reached.info["termination"], reached.info["truncation"])).all()
