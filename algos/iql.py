@@ -108,6 +108,8 @@ class Args:
     """gradient steps per environment step; num_envs * utd_ratio of them follow each step of all environments"""
     buffer_size: int = 0
     """online rows kept, a multiple of num_envs; 0: all"""
+    return_range: float = 0.0
+    """scale rewards so that the dataset's episode returns span this much (IQL: 1000 in locomotion); 0, or no dataset: leave them"""
     # optimisation
     batch_size: int = 256
     """rows of a batch"""
@@ -129,6 +131,8 @@ SETTINGS = {
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
     "probe": {"hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000},
+    **{key: {"return_range": 1000.0} for key in ("halfcheetah", "hopper", "walker2d", "ant")},
+    **{key: {"return_range": 0.0, "offline_steps": 0} for key in ("halfcheetah-sparse", "ant-sparse")},
     "antmaze": {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0},
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "reward_bias": -1.0, "offline_steps": 500_000, "online_steps": 500_000},
     "kitchen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "reward_bias": -4.0},
@@ -327,7 +331,7 @@ def finetune_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition
         advance = jax.vmap(partial(envs.step_and_reset, env))
         env_state, reached = advance(state.env_state, action, jax.random.split(reset_key, args.num_envs))
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
-        ring = buffer.insert(state.ring, rows, added)
+        ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
         added = added + args.num_envs
 
         filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
@@ -335,7 +339,7 @@ def finetune_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition
         batches = jax.tree.map(lambda x: x.reshape(num_updates, args.batch_size, *x.shape[1:]), batch)
         learn = lambda agent, xs: update(setup.nets, hyper, agent, *xs)  # noqa: E731
         agent, metrics = jax.lax.scan(learn, state.agent, (batches, jax.random.split(update_key, num_updates)))
-        collected = {"reward": rows.reward.mean(), "episode_ends": reached.done.sum(), "successes": reached.metrics["success"].sum()}
+        collected = envs.tally(reached)
         return (State(agent, env_state, ring, key), added), {**jax.tree.map(jnp.mean, metrics), **collected}
 
     (state, _), metrics = scan_mean(step, (state, added), length)
@@ -353,6 +357,7 @@ def main() -> None:
     args = cli.parse(Args, SETTINGS)
     hyper, labels = cli.grid(args)
     data = cli.load_dataset(args)
+    hyper = cli.scale_returns(args, hyper, data)
     offline = data and data.transitions
     setup, mesh = make_setup(args, offline), mesh_for(len(labels))
     evaluate = Evaluator(args, setup.env, partial(act, setup.nets), mesh, setup.obs_size, setup.nets.actor.action_size)

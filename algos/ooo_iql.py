@@ -31,6 +31,7 @@ import envs
 from data import buffer, cli, report
 from data.buffer import Transition
 from data.evaluation import Evaluator
+from data.moments import Moments
 from data.program import EVERYWHERE, RUNS, Compiled, mesh_for, orthogonal, place, scan_mean
 from data.run import Run
 
@@ -139,6 +140,8 @@ class Args:
     """retrain with the explorer's bonus, frozen, added to the reward (the paper's Figure 3)"""
     warm_start: bool = False
     """retrain from the previous exploiter instead of from scratch (the paper's Figure 13)"""
+    return_range: float = 0.0
+    """scale rewards so that the dataset's episode returns span this much (IQL: 1000 in locomotion); 0, or no dataset: leave them"""
     # optimisation
     batch_size: int = 256
     """rows of a batch"""
@@ -159,6 +162,8 @@ SETTINGS = {
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
     "probe": {"hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000, "retrain_steps": 1_000},
+    **{key: {"return_range": 1000.0, "offline_steps": 1_000_000} for key in ("halfcheetah", "hopper", "walker2d", "ant")},
+    **{key: {"return_range": 0.0, "offline_steps": 0} for key in ("halfcheetah-sparse", "ant-sparse")},
     "antmaze": {
         "expectile": 0.9, "temperature": 10.0, "intrinsic_coef": 10.0, "reward_bias": -1.0, "upsample": 8 / 256, "online_steps": 1_500_000,
     },
@@ -351,22 +356,6 @@ class CountBonus(NoBonus):
 
 
 @struct.dataclass
-class Moments:
-    """Running mean and variance."""
-
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array
-
-    def update(self, x: jax.Array) -> "Moments":
-        """Merges the rows of `x` [B, ...] in (Chan et al.'s parallel variance)."""
-        n, m, v = x.shape[0], x.mean(axis=0), x.var(axis=0)
-        total, delta = self.count + n, m - self.mean
-        var = (self.var * self.count + v * n + delta**2 * self.count * n / total) / total
-        return Moments(self.mean + delta * n / total, var, total)
-
-
-@struct.dataclass
 class RNDState:
     predictor: dict
     target: dict
@@ -481,7 +470,7 @@ def explore_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition 
         advance = jax.vmap(partial(envs.step_and_reset, env))
         env_state, reached = advance(state.env_state, action, jax.random.split(reset_key, args.num_envs))
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
-        ring = buffer.insert(state.ring, rows, added)
+        ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
         added = added + args.num_envs
 
         filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
@@ -494,7 +483,7 @@ def explore_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition 
 
         carry = (state.explorer, setup.bonus.observe(state.bonus, rows))
         (explorer, bonus), metrics = jax.lax.scan(learn, carry, (batches, jax.random.split(update_key, num_updates)))
-        collected = {"reward": rows.reward.mean(), "episode_ends": reached.done.sum(), "successes": reached.metrics["success"].sum()}
+        collected = envs.tally(reached)
         return (State(explorer, state.exploiter, bonus, env_state, ring, key), added), {**jax.tree.map(jnp.mean, metrics), **collected}
 
     (state, _), metrics = scan_mean(step, (state, added), length)
@@ -563,6 +552,7 @@ def main() -> None:
     args = cli.parse(Args, SETTINGS)
     hyper, labels = cli.grid(args)
     data = cli.load_dataset(args)
+    hyper = cli.scale_returns(args, hyper, data)
     offline = data and data.transitions
     setup, mesh = make_setup(args, offline), mesh_for(len(labels))
     evaluate = Evaluator(args, setup.env, partial(act, setup.nets), mesh, setup.obs_size, setup.nets.actor.action_size)

@@ -23,16 +23,22 @@ def empty(example: Transition, capacity: int) -> Transition:
     return jax.tree.map(lambda x: jnp.zeros((capacity, *jnp.shape(x)), jnp.result_type(x)), example)
 
 
-def insert(ring: Transition, rows: Transition, added: jax.Array) -> Transition:
+def insert(ring: Transition, rows: Transition, added: jax.Array, broken: jax.Array | None = None) -> Transition:
     """Writes `rows` [n, ...] after the `added` [] rows that went in before, over the oldest ones once the ring is full.
 
     `added` comes from the caller's step counter, which vmapped seeds share: so the write stays one contiguous block for
     all seeds, in place, where a counter per seed would make it a scatter. A block never straddles the end: n must divide the capacity.
+    In the place of a `broken` [n] row, which must not be learnt from, goes another row of the block, or if all are broken the one before.
     """
     capacity, n = size(ring), size(rows)
     if capacity % n:
         raise ValueError(f"a ring of {capacity} rows cannot take blocks of {n}: the capacity must be a multiple of the block")
     slot = added % capacity
+    if broken is not None:
+        sound = broken == 0
+        source = jnp.where(sound, jnp.arange(n), jnp.argmax(sound))
+        before = jax.tree.map(lambda old: jax.lax.dynamic_slice_in_dim(old, (slot - 1) % capacity, 1, axis=0), ring)
+        rows = jax.tree.map(lambda new, last: jnp.where(sound.any(), new[source], last), rows, before)
     return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=0), ring, rows)
 
 

@@ -74,7 +74,7 @@ def _with_settings(args: Any, settings: dict[str, dict], name: str) -> Any:
     """`args` with the defaults of every family whose prefix `name` has. A file is known by its folder's and own name."""
     words = [name, *pathlib.PurePath(name).parts, *pathlib.PurePath(name).stem.split("_")]
     for prefix in sorted(settings, key=len):
-        if any(word.lower().startswith(prefix) for word in words):
+        if any(re.match(re.escape(prefix) + "(?![a-z0-9])", word.lower()) for word in words):
             traced = {f.name for f in dataclasses.fields(args.hyper)}
             changes = settings[prefix]
             hyper = args.hyper.replace(**{k: v for k, v in changes.items() if k in traced})
@@ -193,6 +193,16 @@ def load_dataset(args: Any) -> Any:
         datasets.check_fits(data, env.observation_size, env.action_size, args.env)
     datasets.print_card(data.card)
     return data
+
+
+def scale_returns(args: Any, hyper: Any, data: Any) -> Any:
+    """`hyper` with its reward_scale such that the dataset's episode returns, best less worst, span `--return-range`."""
+    if not args.return_range or data is None:
+        return hyper
+    worst, best = data.card["return_quantiles"][0], data.card["return_quantiles"][-1]
+    if best <= worst:
+        raise UsageError(f"--return-range {args.return_range:g}: every episode of {data.card['id']} has the return {best:g}; use 0")
+    return hyper.replace(reward_scale=hyper.reward_scale * args.return_range / (best - worst))
 
 
 class RunLabel(NamedTuple):

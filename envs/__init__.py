@@ -4,11 +4,11 @@ import difflib
 from functools import partial
 
 from envs import antmaze, locomotion, maze2d, probes
-from envs.base import Env, State, Task, step_and_reset
+from envs.base import Env, State, Task, step_and_reset, tally
 from envs.physics import ENGINES
 from envs.point_mass_wall import PointMassWall
 
-__all__ = ["ENGINES", "Env", "State", "Task", "make", "names", "step_and_reset"]
+__all__ = ["ENGINES", "Env", "State", "Task", "make", "names", "step_and_reset", "tally"]
 
 _JAX_TASKS = {  # computed in JAX by hand: no physics engine behind them
     "point-mass-wall": PointMassWall,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 with contextlib.redirect_stdout(io.StringIO()):  # MJX prints there that its optional Warp engine is not installed
     from brax.envs.base import Env, State
 
-__all__ = ["BROKEN", "Env", "State", "Task", "step_and_reset"]
+__all__ = ["BROKEN", "Env", "State", "Task", "step_and_reset", "tally"]
 
 BROKEN = 1e10  # MuJoCo's own bound (mjMAXVAL): an observation beyond it is the end of a simulation, not a state
 
@@ -89,3 +89,9 @@ def step_and_reset(env: Env, state: State, action: jax.Array, key: jax.Array) ->
     fresh = env.reset(key)
     following = jax.tree.map(lambda new, old: jnp.where(reached.done > 0, new, old), fresh, reached)
     return following, reached
+
+
+def tally(reached: State) -> dict[str, jax.Array]:
+    """What one step of many worlds [n] came to, as metrics []: mean reward, episodes that ended, worlds at success, worlds that broke."""
+    counts = {"episode_ends": reached.done, "successes": reached.metrics["success"], "broken_worlds": reached.info["broken"]}
+    return {"reward": reached.reward.mean(), **{name: flags.sum() for name, flags in counts.items()}}

@@ -174,47 +174,59 @@ def _segment_box(pos: jax.Array, axis: jax.Array, half: jax.Array, length: jax.A
         best, winner = jnp.where(nearer, gap, best), jnp.where(nearer, k, winner)
 
     edge = jnp.maximum(winner - 2, 0)
-    is_end = winner < 2
+    is_end, in_middle = winner < 2, edge_end[edge] == 0
     t = jnp.where(is_end, jnp.where(winner == 0, -1, 1).astype(pos.dtype), on_segment[edge])
-    # How far in t the segment runs along each axis before it has crossed the box.
-    speed = jnp.abs(half)
-    crossing = _divide(2 * size, speed)
 
-    # An end over a face: along the segment to where it leaves the face's outline. An end in the box has no second.
-    over = beyond[jnp.where(winner == 1, 1, 0)]
-    exits = _divide(jnp.stack([size, -size]) - (pos + half * t), half * -t)
-    exits = jnp.where((exits > 0) & ~over, exits, 2)
-    face_step, face_two = -t * jnp.minimum(2, jnp.min(exits)), jnp.any(over)
-
-    # `differs`: whether the segment's direction and the corner are on different sides of an axis.
     own = jnp.arange(3) == jnp.asarray(EDGE_AXIS)[edge]
     upper = jnp.asarray(EDGE_UPPER)[edge] | (own & (edge_end[edge] > 0))
-    forward = half > 0
-    differs = forward != upper
+    differs = (half > 0) != upper  # the segment's direction and the corner are on different sides of an axis
+    crossing = _divide(2 * size, jnp.abs(half))  # how far in t the segment runs along an axis to cross the whole box
 
-    # A corner: none if the segment points at it or away from it. Else one axis is the odd one out; a segment that is
-    # mostly along it follows that edge, any other the face across.
-    count = jnp.sum(differs)
-    odd, way = differs == (count == 1), jnp.where(count == 1, 1, -1).astype(pos.dtype)
-    follow = way * jnp.minimum(1 - way * t, jnp.min(jnp.where(odd, crossing, jnp.inf)))
-    across = -way * jnp.minimum(1 + way * t, jnp.min(jnp.where(odd, jnp.inf, crossing)))
-    corner_step = jnp.where(jnp.sum(jnp.where(odd, axis**2, 0)) > 0.5, follow, across)
-    corner_two = (count == 1) | (count == 2)
-
-    # The middle of an edge: none if the segment meets it like a T. Else over the face that it is flatter to, to the
-    # face's far side or to the end of the edge, whichever comes first.
-    along = jnp.asarray(EDGE_AXIS)[edge]
-    next1, next2 = (along + 1) % 3, (along + 2) % 3
-    main = jnp.where(jnp.abs(axis[next1]) > jnp.abs(axis[next2]), next1, next2)
-    way = jnp.where(differs[main], 1, -1).astype(pos.dtype)
-    rest = 1 - jnp.where(forward[along] == differs[main], 1, -1) * on_edge[edge]
-    edge_step = jnp.minimum(jnp.minimum(1 - way * t, crossing[main]), _divide(size[along] * rest, speed[along])) * way
-    edge_two = jnp.sum(differs & ~own) == 1
-
-    in_middle = edge_end[edge] == 0
-    step = jnp.where(is_end, face_step, jnp.where(in_middle, edge_step, corner_step))
+    face_step, face_two = _after_face(pos + half * t, half * -t, beyond[jnp.where(winner == 1, 1, 0)], size)
+    corner_step, corner_two = _after_corner(t, axis, differs, crossing)
+    edge_step, edge_two = _after_edge(t, on_edge[edge], axis, differs & ~own, jnp.asarray(EDGE_AXIS)[edge], crossing, half)
+    step = jnp.where(is_end, -t * face_step, jnp.where(in_middle, edge_step, corner_step))
     exists = jnp.where(is_end, face_two, jnp.where(in_middle, edge_two, corner_two))
     return t, t + jnp.where(exists, step, 0), exists
+
+
+def _after_face(end: jax.Array, inward: jax.Array, over: jax.Array, size: jax.Array) -> tuple:
+    """Step to the second contact from an `end` [3] that is `over` [3] one axis: along the segment to the face's outline.
+
+    The step is in units of `inward` [3], half the way to the other end. An end inside the box has no second contact.
+    """
+    exits = _divide(jnp.stack([size, -size]) - end, inward)
+    exits = jnp.where((exits > 0) & ~over, exits, 2)
+    return jnp.minimum(2, jnp.min(exits)), jnp.any(over)
+
+
+def _after_corner(t: jax.Array, axis: jax.Array, differs: jax.Array, crossing: jax.Array) -> tuple:
+    """Step in t to the second contact from a corner: none if the segment points at the corner or away from it.
+
+    Else one axis is the odd one out. A segment that is mostly along it follows that edge, any other the face across.
+    """
+    count = jnp.sum(differs)
+    odd, way = differs == (count == 1), jnp.where(count == 1, 1, -1).astype(t.dtype)
+    follow = way * jnp.minimum(1 - way * t, jnp.min(jnp.where(odd, crossing, jnp.inf)))
+    across = -way * jnp.minimum(1 + way * t, jnp.min(jnp.where(odd, jnp.inf, crossing)))
+    step = jnp.where(jnp.sum(jnp.where(odd, axis**2, 0)) > 0.5, follow, across)
+    return step, (count == 1) | (count == 2)
+
+
+def _after_edge(t, on_edge, axis, differs, along, crossing, half) -> tuple:
+    """Step in t to the second contact from the middle of an edge: none if the segment meets the edge like a T.
+
+    Else over the face that the segment is flatter to, until its end, the face's far side, or the end of the edge. `along`
+    [] is the edge's axis, `differs` [3] false there, `on_edge` [] the place on it.
+    """
+    next1, next2 = (along + 1) % 3, (along + 2) % 3
+    main = jnp.where(jnp.abs(axis[next1]) > jnp.abs(axis[next2]), next1, next2)
+    way = jnp.where(differs[main], 1, -1).astype(t.dtype)
+    # Crossing the whole edge takes two halves of it; what is left depends on which end the step heads for.
+    rest = 1 - jnp.where((half[along] > 0) == differs[main], 1, -1) * on_edge
+    to_edge_end = jnp.where(half[along] == 0, jnp.inf, rest / 2 * crossing[along])
+    step = way * jnp.minimum(jnp.minimum(1 - way * t, crossing[main]), to_edge_end)
+    return step, jnp.sum(differs) == 1
 
 
 def _segment_edges(pos: jax.Array, half: jax.Array, length: jax.Array, size: jax.Array) -> tuple:

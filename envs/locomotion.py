@@ -36,7 +36,11 @@ def load_spec(file: str | pathlib.Path) -> mujoco.MjSpec:
 
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
     """The model of `spec`, with the contact margins of MuJoCo before 3.5 (see the head of this module)."""
+    mass, spec.compiler.settotalmass = spec.compiler.settotalmass, -1.0  # deprecated: MuJoCo would write a warning into a file
     model = spec.compile()
+    if mass > 0:
+        mujoco.mj_setTotalmass(model, mass)
+        mujoco.mj_setConst(model, mujoco.MjData(model))
     if len(set(model.geom_margin)) > 1:
         raise ValueError(f"{spec.modelname}: its geoms have different contact margins, so halving them would not restore the old rule")
     model.geom_margin *= 0.5

@@ -241,7 +241,10 @@ def test_steps_of_an_ant_among_walls_are_those_of_c():
 def test_table_is_ours_inside_and_theirs_outside():
     table = collision_driver._COLLISION_FUNC
     theirs = {pair: table[pair] for pair in CONTACTS}
-    ours = lambda: all(table[pair] is function for pair, function in CONTACTS.items())  # noqa: E731
+
+    def ours():
+        return all(table[pair] is function for pair, function in CONTACTS.items())
+
     assert not ours() and {p: f.ncon for p, f in theirs.items()} == {p: f.ncon for p, f in CONTACTS.items()}
     outer, inner = exact_contacts(), exact_contacts()
     with outer:

@@ -1,0 +1,267 @@
+"""How far each engine's environments are from the benchmark's own, transition by transition and over whole trajectories.
+
+    python tests/reproduction/parity.py --precision 64 --json parity64.json
+    python tests/reproduction/parity.py --precision 32 --engines mujoco mjx --json parity32.json
+
+The reference is C MuJoCo behind code that is not ours: Gymnasium's v4 tasks, gymnasium-robotics' AntMaze, and for D4RL's AntMaze
+an XML text put together here. Its contact margins are halved, as ours are (docs/locomotion.md says why). States are those that random
+actions lead to, and expert ones where policies are given; from each, both take one step with the same action.
+"""
+
+import json
+import pathlib
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import tyro
+
+FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "policies"
+EXPERTS = {"halfcheetah": "dlr_tqc", "hopper": "cs285_expert", "walker2d": "cs285_expert", "ant": "dlr_trpo"}
+IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+MAZE_IDS = {"umaze": "AntMaze_UMaze-v4", "medium": "AntMaze_Medium-v4", "large": "AntMaze_Large-v4"}
+EVERY = (*IDS, "halfcheetah-sparse", "ant-sparse", "antmaze-umaze", "antmaze-medium-diverse", "antmaze-large-diverse", "antmaze-umaze-gymnasium")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measures the errors of one step, and how trajectories part."""
+
+    envs: tuple[str, ...] = EVERY
+    """environments"""
+    engines: tuple[str, ...] = ("mujoco", "mjx")
+    """engines"""
+    precision: int = 32
+    """bits of JAX's floating-point numbers: 32 or 64"""
+    states: int = 1000
+    """states per environment and kind of action"""
+    horizon: int = 1000
+    """steps of the diverging trajectories; 0: none"""
+    policies: pathlib.Path = FOLDER
+    """folder of expert policies, <body>/<name>.npz; without it, actions are random only"""
+    json: str = ""
+    """file to write the numbers to as well"""
+    seed: int = 0
+    """seed of states and actions"""
+
+
+class GymBody:
+    """One of Gymnasium's v4 bodies, put into states and stepped."""
+
+    def __init__(self, env_id: str):
+        import gymnasium
+
+        self.env = gymnasium.make(env_id, disable_env_checker=True).unwrapped
+        self.model, self.data = self.env.model, self.env.data
+        self.model.geom_margin[:] *= 0.5
+
+    def put(self, qpos, qvel, goal=None):
+        self.env.set_state(np.array(qpos), np.array(qvel))
+
+    def step(self, action):
+        obs, reward, terminated, *_ = self.env.step(np.array(action))
+        return obs, reward, terminated
+
+
+class GymSparse(GymBody):
+    """The sparse tasks by their definition (LOGO, OOO): 1 if the root is more than `threshold` ahead of where the episode began."""
+
+    def __init__(self, env_id: str, threshold: float, shows_x: bool):
+        super().__init__(env_id)
+        self.threshold, self.shows_x = threshold, shows_x
+
+    def put(self, qpos, qvel, goal=None):
+        super().put(qpos, qvel)
+        self.origin = float(qpos[0])
+
+    def step(self, action):
+        obs, *_ = super().step(action)
+        x = self.data.body("torso").xpos[0] if self.shows_x else self.data.qpos[0]
+        return np.concatenate([self.data.qpos[:1], obs]) if self.shows_x else obs, float(x - self.origin > self.threshold), False
+
+
+class RoboticsMaze(GymBody):
+    """gymnasium-robotics' AntMaze with D4RL's layout of the observation."""
+
+    def __init__(self, env_id: str):
+        import gymnasium
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+        self.maze = gymnasium.make(env_id, continuing_task=False, reward_type="sparse", disable_env_checker=True).unwrapped
+        self.maze.reset(seed=0)
+        self.env = self.maze.ant_env
+        self.model, self.data = self.env.model, self.env.data
+        self.model.geom_margin[:] *= 0.5
+
+    def put(self, qpos, qvel, goal=None):
+        super().put(qpos, qvel)
+        self.maze.goal = np.array(goal)
+
+    def step(self, action):
+        _, reward, terminated, *_ = self.maze.step(np.array(action))
+        return np.concatenate([self.data.qpos, self.data.qvel]), reward, terminated
+
+
+class D4RLMaze:
+    """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell of the map (rows of # and blanks)."""
+
+    def __init__(self, maze: tuple[str, ...]):
+        import gymnasium
+        import mujoco
+
+        text = (pathlib.Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml").read_text()
+        text = text.replace('timestep="0.01"', 'timestep="0.02"').replace('gear="150"', 'gear="1"').replace('ctrlrange="-1.0 1.0"', 'ctrlrange="-30 30"')
+        text = re.sub(r'(<geom conaffinity="0" [^>]*)margin="0.01"', r'\1margin="0.005" solref=".02 1" solimp=".8 .8 .01"', text)
+        boxes = "".join(
+            f'<geom type="box" pos="{4 * (c - 1)} {4 * (r - 1)} 1" size="2 2 1" contype="1" conaffinity="1"/>'
+            for r, row in enumerate(maze) for c, mark in enumerate(row) if mark == "#"
+        )  # fmt: skip
+        self.model = mujoco.MjModel.from_xml_string(text.replace("</worldbody>", boxes + "</worldbody>"))
+        self.data, self.mujoco = mujoco.MjData(self.model), mujoco
+
+    def put(self, qpos, qvel, goal=None):
+        self.mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:], self.data.qvel[:], self.goal = qpos, qvel, np.array(goal)
+        self.mujoco.mj_forward(self.model, self.data)
+
+    def step(self, action):
+        self.data.ctrl[:] = 30 * np.array(action)
+        self.mujoco.mj_step(self.model, self.data, 5)
+        reached = np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5
+        return np.concatenate([self.data.qpos, self.data.qvel]), float(reached), bool(reached)
+
+
+def reference(name: str):
+    """The benchmark's own environment for one of ours."""
+    from envs.antmaze import MAZES
+
+    if name in IDS:
+        return GymBody(IDS[name])
+    if name.endswith("-sparse"):
+        body = name.removesuffix("-sparse")
+        return GymSparse(IDS[body], 20.0 if body == "halfcheetah" else 10.0, body == "ant")
+    maze = name.split("-")[1]
+    return RoboticsMaze(MAZE_IDS[maze]) if name.endswith("-gymnasium") else D4RLMaze(MAZES[maze])
+
+
+def sample_states(name: str, args: Args) -> list[tuple]:
+    """(qpos, qvel, goal, action) on the way of random and expert actions, each world started anew when it ends or after 200 steps."""
+    from data import policy
+
+    rng, ours, theirs = np.random.default_rng(args.seed), make(name, "mujoco"), reference(name)
+    start, body = jax.jit(ours.start), name.split("-")[0]
+    file = args.policies / body / f"{EXPERTS.get(body, 'none')}.npz"
+    actors = [None] + ([policy.load(file)] if file.is_file() and not name.endswith("sparse") else [])
+    states = []
+    for actor in actors:
+        own, age = [], 10**9
+        while len(own) < args.states:
+            if age >= 200:
+                inner, age = start(jax.random.PRNGKey(int(rng.integers(2**31)))), 0
+                body_state = getattr(inner, "body", inner)
+                goal = np.asarray(getattr(inner, "goal", np.zeros(2)), np.float64)
+                theirs.put(np.asarray(body_state.qpos, np.float64), np.asarray(body_state.qvel, np.float64), goal)
+                obs = None
+            action = rng.uniform(-1, 1, ours.action_size) if actor is None or obs is None else policy.act(actor, obs, rng)
+            action = np.float64(np.float32(np.clip(action, -1, 1)))
+            qpos, qvel = (np.float64(np.float32(x)) for x in (theirs.data.qpos, theirs.data.qvel))
+            if age % 4 == 3:
+                near = goal if rng.random() < 0.8 else np.float64(np.float32(qpos[:2] + rng.uniform(-0.6, 0.6, 2)))  # rewarded steps too
+                own.append((qpos, qvel, near, action))
+            obs, _, ended = theirs.step(action)
+            age = 10**9 if ended and rng.random() < 0.5 else age + 1
+        states += own
+    return states
+
+
+def make(name: str, physics: str):
+    import envs
+
+    return envs.make(name, physics)
+
+
+def one_steps(name: str, engine: str, states: list[tuple]) -> tuple[np.ndarray, ...]:
+    """What our environment makes of each state: obs [N, obs], reward [N], termination [N], and the seconds that compiling took."""
+    env = make(name, engine)
+    qpos, qvel, goal, action = (np.stack(column) for column in zip(*states))
+
+    def step(qpos, qvel, goal, action):
+        state = env.reset_to(qpos, qvel, goal) if name.startswith("antmaze") else env.reset_to(qpos, qvel)
+        reached = env.step(state, action)
+        return reached.obs, reached.reward, reached.info["termination"]
+
+    dtype = jax.numpy.zeros(()).dtype
+    arguments = [x.astype(dtype) for x in (qpos, qvel, goal, action)]
+    began = time.perf_counter()
+    program = jax.jit(jax.vmap(step)).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    return (*(np.asarray(x, np.float64) for x in program(*arguments)), seconds)
+
+
+def measure(name: str, args: Args) -> list[dict]:
+    """One row per engine: errors of one step."""
+    states, theirs = sample_states(name, args), reference(name)
+    wanted = []
+    for qpos, qvel, goal, action in states:
+        theirs.put(qpos, qvel, goal)
+        wanted.append(theirs.step(action))
+    obs, reward, ended = (np.array(column, np.float64) for column in zip(*wanted))
+    rows = []
+    for engine in args.engines:
+        got_obs, got_reward, got_ended, seconds = one_steps(name, engine, states)
+        errors = {"obs": np.abs(got_obs - obs).max(axis=1), "reward": np.abs(got_reward - reward)}
+        row = {"env": name, "engine": engine, "precision": args.precision, "states": len(states), "compile_seconds": seconds}
+        for field_name, error in errors.items():
+            row |= {f"{field_name}_{key}": float(np.quantile(error, q)) for key, q in (("median", 0.5), ("p99", 0.99), ("max", 1.0))}
+        row["terminations"] = f"{int(got_ended.sum())}/{int(ended.sum())}, {int((got_ended != ended).sum())} differ"
+        if args.horizon:
+            row["diverged"] = diverged(name, engine, args)
+        rows.append(row)
+    return rows
+
+
+def diverged(name: str, engine: str, args: Args) -> dict:
+    """Largest observation error after 10, 100, 1000 steps of one action sequence; "perturbed" is C against C started 1e-7 apart."""
+    rng, env, theirs = np.random.default_rng(args.seed + 1), make(name, engine), reference(name)
+    inner = jax.jit(env.start)(jax.random.PRNGKey(args.seed))
+    body = getattr(inner, "body", inner)
+    qpos, qvel = np.asarray(body.qpos, np.float64), np.asarray(body.qvel, np.float64)
+    goal = np.asarray(getattr(inner, "goal", np.zeros(2)), np.float64)
+    actions = np.float32(rng.uniform(-1, 1, (args.horizon, env.action_size)))
+
+    def trajectory(qpos):
+        theirs.put(qpos, qvel, goal)
+        return np.stack([theirs.step(np.float64(a))[0] for a in actions])
+
+    exact, perturbed = trajectory(qpos), trajectory(qpos * (1 + 1e-7))
+    # Terminations are ignored on both sides: bodies that fell go on falling.
+    run = jax.jit(lambda state, actions: jax.lax.scan(lambda s, a: ((t := env.step(s, a)), t.obs), state, actions)[1])
+    dtype = jax.numpy.zeros(()).dtype
+    ours = np.asarray(run(env.begin(inner), actions.astype(dtype)), np.float64)
+    steps = [n for n in (10, 100, 1000) if n <= args.horizon]
+    gap = lambda x: {str(n): float(np.abs(x[n - 1] - exact[n - 1]).max()) for n in steps}  # noqa: E731
+    return {"ours": gap(ours), "perturbed": gap(perturbed)}
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    if args.precision not in (32, 64):
+        sys.exit(f"error: --precision is 32 or 64, not {args.precision}")
+    jax.config.update("jax_enable_x64", args.precision == 64)
+    rows = []
+    for name in args.envs:
+        for row in measure(name, args):
+            rows.append(row)
+            numbers = "  ".join(f"{row[f'{f}_median']:.0e} {row[f'{f}_p99']:.0e} {row[f'{f}_max']:.0e}" for f in ("obs", "reward"))
+            apart = "  ".join(f"{kind} {'/'.join(f'{v:.0e}' for v in found.values())}" for kind, found in row.get("diverged", {}).items())
+            print(f"{name:24} {row['engine']:7} f{args.precision}  {numbers}  {row['terminations']}  {apart}  compile {row['compile_seconds']:.0f} s", flush=True)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
