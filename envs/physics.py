@@ -25,11 +25,7 @@ from flax import struct
 from mujoco.batch import Batch, SimulationError
 
 from envs.base import Task
-
-try:
-    from envs.contacts import exact_contacts
-except ImportError:
-    from contextlib import nullcontext as exact_contacts
+from envs.contacts import exact_contacts
 
 ENGINES = ("auto", "mjx", "mjx-warp", "mujoco")
 

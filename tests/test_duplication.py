@@ -43,8 +43,16 @@ def test_the_guard_guards_something():
     } - DIFFERENT.keys()
 
 
+REACHES_UP = {"envs/render.py": "load_actor"}  # the one function of a command-line program that does; importing its module does not
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree, but = ast.parse(path.read_text()), REACHES_UP.get(f"{path.parent.name}/{path.name}")
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == but]
+    exempt = {part for function in functions for part in ast.walk(function)}
+    for node in ast.walk(tree):
+        if node in exempt:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -23,7 +23,15 @@ FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "policies"
 EXPERTS = {"halfcheetah": "dlr_tqc", "hopper": "cs285_expert", "walker2d": "cs285_expert", "ant": "dlr_trpo"}
 IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 MAZE_IDS = {"umaze": "AntMaze_UMaze-v4", "medium": "AntMaze_Medium-v4", "large": "AntMaze_Large-v4"}
-EVERY = (*IDS, "halfcheetah-sparse", "ant-sparse", "antmaze-umaze", "antmaze-medium-diverse", "antmaze-large-diverse", "antmaze-umaze-gymnasium")
+EVERY = (
+    *IDS,
+    "halfcheetah-sparse",
+    "ant-sparse",
+    "antmaze-umaze",
+    "antmaze-medium-diverse",
+    "antmaze-large-diverse",
+    "antmaze-umaze-gymnasium",
+)
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,18 @@ class RoboticsMaze(GymBody):
 
 
 class D4RLMaze:
-    """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell of the map (rows of # and blanks)."""
+    """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell (#)."""
 
     def __init__(self, maze: tuple[str, ...]):
         import gymnasium
         import mujoco
 
         text = (pathlib.Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml").read_text()
-        text = text.replace('timestep="0.01"', 'timestep="0.02"').replace('gear="150"', 'gear="1"').replace('ctrlrange="-1.0 1.0"', 'ctrlrange="-30 30"')
+        text = (
+            text.replace('timestep="0.01"', 'timestep="0.02"')
+            .replace('gear="150"', 'gear="1"')
+            .replace('ctrlrange="-1.0 1.0"', 'ctrlrange="-30 30"')
+        )
         text = re.sub(r'(<geom conaffinity="0" [^>]*)margin="0.01"', r'\1margin="0.005" solref=".02 1" solimp=".8 .8 .01"', text)
         boxes = "".join(
             f'<geom type="box" pos="{4 * (c - 1)} {4 * (r - 1)} 1" size="2 2 1" contype="1" conaffinity="1"/>'
@@ -149,14 +161,14 @@ def reference(name: str):
 
 
 def sample_states(name: str, args: Args) -> list[tuple]:
-    """(qpos, qvel, goal, action) on the way of random and expert actions, each world started anew when it ends or after 200 steps."""
+    """(qpos, qvel, goal, action) on the way of random and expert actions, with a new start after an episode's end or 200 steps."""
     from data import policy
 
     rng, ours, theirs = np.random.default_rng(args.seed), make(name, "mujoco"), reference(name)
     start, body = jax.jit(ours.start), name.split("-")[0]
     file = args.policies / body / f"{EXPERTS.get(body, 'none')}.npz"
     actors = [None] + ([policy.load(file)] if file.is_file() and not name.endswith("sparse") else [])
-    states = []
+    states, touching = [], 0
     for actor in actors:
         own, age = [], 10**9
         while len(own) < args.states:
@@ -164,7 +176,10 @@ def sample_states(name: str, args: Args) -> list[tuple]:
                 inner, age = start(jax.random.PRNGKey(int(rng.integers(2**31)))), 0
                 body_state = getattr(inner, "body", inner)
                 goal = np.asarray(getattr(inner, "goal", np.zeros(2)), np.float64)
-                theirs.put(np.asarray(body_state.qpos, np.float64), np.asarray(body_state.qvel, np.float64), goal)
+                qpos = np.array(body_state.qpos, np.float64)
+                if "maze" in name:  # near the walls, so that they are touched
+                    qpos[:2] += rng.uniform(-1.5, 1.5, 2)
+                theirs.put(qpos, np.asarray(body_state.qvel, np.float64), goal)
                 obs = None
             action = rng.uniform(-1, 1, ours.action_size) if actor is None or obs is None else policy.act(actor, obs, rng)
             action = np.float64(np.float32(np.clip(action, -1, 1)))
@@ -172,9 +187,11 @@ def sample_states(name: str, args: Args) -> list[tuple]:
             if age % 4 == 3:
                 near = goal if rng.random() < 0.8 else np.float64(np.float32(qpos[:2] + rng.uniform(-0.6, 0.6, 2)))  # rewarded steps too
                 own.append((qpos, qvel, near, action))
+                touching += bool(theirs.data.ncon)
             obs, _, ended = theirs.step(action)
             age = 10**9 if ended and rng.random() < 0.5 else age + 1
         states += own
+    print(f"{name}: {touching} of {len(states)} states touch something", file=sys.stderr)
     return states
 
 
@@ -258,7 +275,8 @@ def main() -> None:
             rows.append(row)
             numbers = "  ".join(f"{row[f'{f}_median']:.0e} {row[f'{f}_p99']:.0e} {row[f'{f}_max']:.0e}" for f in ("obs", "reward"))
             apart = "  ".join(f"{kind} {'/'.join(f'{v:.0e}' for v in found.values())}" for kind, found in row.get("diverged", {}).items())
-            print(f"{name:24} {row['engine']:7} f{args.precision}  {numbers}  {row['terminations']}  {apart}  compile {row['compile_seconds']:.0f} s", flush=True)
+            head, tail = f"{name:24} {row['engine']:7} f{args.precision}", f"compile {row['compile_seconds']:.0f} s"
+            print(head, numbers, row["terminations"], apart, tail, sep="  ", flush=True)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
 

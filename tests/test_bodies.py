@@ -1,0 +1,266 @@
+"""MuJoCo's bodies: each engine against code that is not ours, states that travel through JAX exactly, and worlds that break."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from data import buffer, policy
+from data.buffer import Transition
+from envs import antmaze, locomotion, physics
+from envs.rollout import rollout
+
+REPO = pathlib.Path(__file__).parents[1]
+POLICIES = REPO.parent / "shared" / "policies"
+needs_policies = pytest.mark.skipif(not POLICIES.is_dir(), reason="the real policies and trajectories are not on this machine")
+PARITY = [sys.executable, str(REPO / "tests/reproduction/parity.py"), "--policies", "none"]
+
+
+def parity(tmp_path, *flags):
+    file = tmp_path / "parity.json"
+    done = subprocess.run([*PARITY, *flags, "--json", str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(file.read_text())["rows"]
+
+
+# --- parity ---
+
+
+def test_c_engine_is_the_benchmark_to_rounding(tmp_path):
+    rows = parity(tmp_path, "--precision", "64", "--engines", "mujoco", "--states", "100", "--horizon", "100")
+    assert len(rows) == 10
+    for row in rows:
+        assert row["obs_max"] < 1e-11 and row["reward_max"] < 1e-11, row
+        assert row["terminations"].endswith(" 0 differ"), row
+        assert max(row["diverged"]["ours"].values()) < 1e-9 < row["diverged"]["perturbed"]["100"], row
+
+
+def test_mjx_in_float32_follows_c(tmp_path):
+    rows = parity(tmp_path, "--envs", "halfcheetah", "ant", "--engines", "mjx", "--states", "150", "--horizon", "0")
+    for row in rows:
+        assert row["obs_median"] < 1e-4 and row["obs_p99"] < 0.02 and row["terminations"].endswith(" 0 differ"), row
+
+
+@needs_policies
+@pytest.mark.parametrize("name", ["halfcheetah", "walker2d"])
+def test_recorded_trajectories_replay(name):
+    """Real transitions recorded by others, with the MuJoCo of their time; x is not recorded and does not matter."""
+    with np.load(POLICIES / name / "cs285_expert_trajectories.npz") as file:
+        obs, action, reward = (np.float32(file[key]) for key in ("observation", "action", "reward"))
+    env = envs.make(name, physics="mujoco")
+    half = env.model.nq - 1
+    before, after = obs[:, :-1].reshape(-1, obs.shape[-1]), obs[:, 1:].reshape(-1, obs.shape[-1])
+    actions, rewards = action.reshape(-1, action.shape[-1]), reward.reshape(-1)
+    inside = [(np.abs(x[:, half:]) < 9.99).all(1) for x in (before, after)]
+    whole = inside[0] & inside[1] if name == "walker2d" else np.ones(len(before), bool)  # walker2d's velocities were recorded clipped
+    assert whole.sum() > 150
+
+    def step(obs, action):
+        state = env.reset_to(jnp.concatenate([jnp.zeros(1), obs[:half]]), obs[half:])
+        return env.step(state, action)
+
+    reached = jax.jit(jax.vmap(step))(before[whole], actions[whole])
+    np.testing.assert_allclose(reached.obs, after[whole], atol=2e-3)  # a float32 start
+    assert np.median(np.abs(reached.obs - after[whole])) < 1e-6
+    clipped = np.clip(actions[whole], -1, 1)
+    paid = env.control_cost * ((actions[whole] ** 2).sum(1) - (clipped**2).sum(1))  # the record charges for unclipped actions
+    np.testing.assert_allclose(reached.reward - paid, rewards[whole], atol=2e-3)
+
+
+@needs_policies
+def test_a_real_policy_earns_in_ours_what_it_earns_in_gymnasium():
+    import gymnasium
+
+    actor = policy.load(POLICIES / "hopper" / "cs285_expert.npz")
+    env = envs.make("hopper", physics="mujoco")
+    tally = jax.jit(lambda key: rollout(env, lambda obs: policy.forward(actor, obs, None, jnp), key, 20))(jax.random.PRNGKey(0))
+    ours, theirs = np.asarray(tally["return"]), []
+    with gymnasium.make("Hopper-v4") as other:
+        for seed in range(5):
+            obs, _ = other.reset(seed=seed)
+            total, over = 0.0, False
+            while not over:
+                obs, reward, terminated, truncated, _ = other.step(np.clip(policy.act(actor, obs), -1, 1))
+                total, over = total + reward, terminated or truncated
+            theirs.append(total)
+    assert abs(ours.mean() - np.mean(theirs)) < 2 * np.hypot(ours.std() / 20**0.5, np.std(theirs) / 5**0.5) + 5
+    assert (np.asarray(tally["length"]) == 1000).all()
+
+
+# --- the state of the C engine ---
+
+
+def test_floats_become_doubles_bit_by_bit():
+    rng = np.random.default_rng(0)
+    x = np.float32(np.concatenate([rng.normal(size=1000) * 10.0 ** rng.integers(-37, 38, 1000), [0, -0.0, 1, -1, np.inf, -np.inf]]))
+    x[np.abs(x) < np.finfo(np.float32).tiny] *= 0  # denormals count as zeros
+    words = np.asarray(jax.jit(physics._double_words)(x))
+    np.testing.assert_array_equal(np.ascontiguousarray(words).view(np.float64), x.astype(np.float64))
+    assert np.isnan(np.ascontiguousarray(np.asarray(physics._double_words(jnp.float32([np.nan])))).view(np.float64)).all()
+
+
+def test_c_state_is_exact_under_vmap_scan_and_resumption():
+    """300 steps in nested vmaps, float32 outside, are the steps of a bare mj_step loop in float64; so is going on from a saved state."""
+    import mujoco
+
+    env = envs.make("halfcheetah", physics="mujoco")
+    start = jax.vmap(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), (2, 3)))
+    actions = np.float32(np.random.default_rng(0).uniform(-1, 1, (300, 2, 3, 6)))
+    run = jax.jit(lambda s, a: jax.lax.scan(lambda s, a: (jax.vmap(jax.vmap(env.step))(s, a), None), s, a)[0])
+    end = run(start, actions)
+    numbers = lambda state: np.ascontiguousarray(np.asarray(state.pipeline_state.inner)).view(np.float64)  # noqa: E731
+    data = mujoco.MjData(env.model)
+    data.qpos[:], data.qvel[:] = numbers(start)[1, 2, :9], numbers(start)[1, 2, 9:18]
+    for a in actions[:, 1, 2]:
+        data.ctrl[:] = a
+        mujoco.mj_step(env.model, data, 5)
+    np.testing.assert_array_equal(numbers(end)[1, 2, :18], np.concatenate([data.qpos, data.qvel]))
+    half = run(start, actions[:150])
+    saved = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, half))
+    np.testing.assert_array_equal(numbers(run(saved, actions[150:])), numbers(end))
+
+
+# --- tasks ---
+
+
+def test_reset_to_puts_any_body_into_a_state():
+    for name in ("hopper", "ant-sparse", "antmaze-umaze", "maze2d-open"):
+        env = envs.make(name)
+        state = jax.jit(env.reset)(jax.random.PRNGKey(1))
+        inner = state.pipeline_state
+        body = getattr(inner, "body", inner)
+        qpos, qvel = (body.qpos, body.qvel) if hasattr(body, "qpos") else (inner[:2], inner[2:])
+        again = jax.jit(env.reset_to)(qpos, qvel)
+        np.testing.assert_array_equal(again.obs, state.obs)
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+    with pytest.raises(ValueError, match=r"needs qpos \(6,\) and qvel \(6,\)"):
+        envs.make("hopper").reset_to(jnp.zeros(5), jnp.zeros(6))
+    with pytest.raises(NotImplementedError, match="no positions and velocities"):
+        envs.make("probe-match-obs").reset_to(jnp.zeros(1), jnp.zeros(1))
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("halfcheetah-sparse", 20.0), ("ant-sparse", 10.0)])
+def test_sparse_rewards_begin_beyond_the_threshold(name, threshold):
+    env = envs.make(name)
+    for ahead, far in ((threshold - 0.5, 0.0), (threshold + 0.5, 1.0)):
+        state = env.reset_to(env.model.qpos0, np.zeros(env.model.nv))
+        there = env.put(jnp.asarray(env.model.qpos0, jnp.float32).at[0].add(ahead), jnp.zeros(env.model.nv))
+        reached = env.step(state.replace(pipeline_state=state.pipeline_state.replace(body=there)), jnp.zeros(env.action_size))
+        assert (reached.reward, reached.metrics["success"], reached.info["termination"]) == (far, far, 0.0)
+
+
+def test_antmaze_goals_and_starts_lie_where_d4rl_puts_them():
+    env = envs.make("antmaze-large-diverse")
+    keys = jax.random.split(jax.random.PRNGKey(0), 500)
+    goals = np.asarray(jax.vmap(env.draw_goal)(keys))
+    assert (goals >= [32, 24]).all() and (goals <= [33.5, 25.5]).all() and (goals.max(0) > [33.2, 25.2]).all()
+    starts = np.asarray(jax.vmap(lambda key: env.start(key).body.qpos[:2])(keys))
+    assert np.abs(starts).max() <= 0.1
+    fixed = envs.make("antmaze-large-diverse-v0")
+    assert len({tuple(np.asarray(fixed.start(key).goal)) for key in keys[:5]}) == 1
+    assert envs.make("antmaze-umaze").horizon == 700 and env.horizon == 1000
+    centred = envs.make("antmaze-umaze-gymnasium")
+    np.testing.assert_allclose(centred.centre((1, 1)), [-4, 4])
+    near = env.reset_to(env.model.qpos0, np.zeros(14), goal=jnp.array([0.3, 0.0]))
+    reached = env.step(near, jnp.zeros(8))
+    assert (reached.reward, reached.info["termination"], reached.metrics["success"]) == (1, 1, 1)
+
+
+def test_the_canonical_ant_is_the_same_ant():
+    """Turning the world and renaming the legs changes neither what a policy sees nor what its actions do."""
+    env = envs.make("ant-walk", physics="mujoco")
+    rng = np.random.default_rng(0)
+    for quarter in range(4):
+        state = env.reset(jax.random.PRNGKey(quarter))
+        for _ in range(3):
+            state = env.step(state, jnp.float32(rng.uniform(-1, 1, 8)))
+        qpos, qvel = np.array(state.pipeline_state.qpos), np.array(state.pipeline_state.qvel)
+        angle, action = rng.uniform(-3, 3), jnp.float32(rng.uniform(-1, 1, 8))
+        seen = []
+        for q, v, ahead in ((qpos, qvel, [1.0, 0.0]), (*turned(qpos, qvel, angle, quarter), [np.cos(angle), np.sin(angle)])):
+            obs, to_joints = antmaze.canonical(jnp.float32(q[2:]), jnp.float32(v), jnp.float32(ahead))
+            body = env.engine.step(env.put(q, v), env.control(to_joints(action)))
+            seen.append((obs, antmaze.canonical(body.qpos[2:], body.qvel, jnp.float32(ahead))[0]))
+        np.testing.assert_allclose(seen[0], seen[1], atol=2e-4)
+        w, x, y, z = np.asarray(seen[0][0][1:5])
+        assert abs(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))) <= np.pi / 4 + 1e-5
+
+
+def turned(qpos, qvel, angle, quarter):
+    """The ant in a world turned by `angle`, its legs renamed by quarter turns of the body: written without the code under test."""
+    rotation = lambda a: np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])  # noqa: E731
+    q, v, back = qpos.copy(), qvel.copy(), quarter * np.pi / 2
+    q[:2], v[:2] = rotation(angle) @ q[:2], rotation(angle) @ v[:2]
+    v[3:5] = rotation(-back) @ v[3:5]
+    from scipy.spatial.transform import Rotation
+
+    spin = Rotation.from_euler("z", angle) * Rotation.from_quat(q[[4, 5, 6, 3]]) * Rotation.from_euler("z", back)
+    q[[4, 5, 6, 3]] = spin.as_quat()
+    for values in (q[7:], v[6:]):
+        hips, ankles = np.roll(values[0::2], -quarter), np.roll(values[1::2] * [1, -1, -1, 1], -quarter) * [1, -1, -1, 1]
+        values[0::2], values[1::2] = hips, ankles
+    return q, v
+
+
+# --- broken worlds ---
+
+
+class Exploding(locomotion.Hopper):
+    """A hopper whose physics gives up when the first action is beyond 0.9."""
+
+    def advance(self, inner, action):
+        body, reward, termination, success = super().advance(inner, action)
+        return body.replace(qpos=jnp.where(action[0] > 0.9, jnp.nan, body.qpos)), reward, termination, success
+
+
+def test_a_broken_world_is_reset_counted_and_never_stored():
+    env = Exploding()
+    state = jax.vmap(env.reset)(jax.random.split(jax.random.PRNGKey(0), 3))
+    actions = jnp.array([[0.0, 0, 0], [1.0, 0, 0], [0.0, 0, 0]])
+    following, reached = jax.vmap(lambda s, a, k: envs.step_and_reset(env, s, a, k))(
+        state, actions, jax.random.split(jax.random.PRNGKey(1), 3)
+    )
+    assert np.asarray(reached.info["broken"]).tolist() == [0, 1, 0]
+    assert (reached.info["truncation"][1], reached.info["termination"][1], reached.reward[1]) == (1, 0, 0)
+    assert np.isfinite(reached.obs).all() and np.isfinite(np.asarray(jax.tree.leaves(following)[0], np.float32)).all()
+    assert following.info["elapsed"].tolist() == [1, 0, 1]
+    assert envs.tally(reached)["broken_worlds"] == 1
+    rows = Transition(state.obs, actions, reached.reward, reached.obs, 1 - reached.info["termination"])
+    ring = buffer.empty(jax.tree.map(lambda x: x[0], rows), 6)
+    ring = buffer.insert(ring, rows, jnp.int32(0), reached.info["broken"])
+    np.testing.assert_array_equal(ring.obs[:3], state.obs[jnp.array([0, 0, 2])])
+    ring = buffer.insert(ring, jax.tree.map(lambda x: 9 + 0 * x, rows), jnp.int32(3), jnp.ones(3))
+    np.testing.assert_array_equal(ring.obs[3:], jnp.stack([state.obs[2]] * 3))  # none is sound: the last row before stands in
+
+
+def test_c_mujoco_does_not_hide_a_divergence():
+    env = envs.make("halfcheetah", physics="mujoco")
+    state = env.reset_to(env.model.qpos0, jnp.full(9, 1e9))
+    reached = jax.jit(env.step)(state, jnp.zeros(6))
+    for _ in range(20):
+        reached = env.step(reached.replace(obs=reached.obs), jnp.ones(6))
+    assert reached.info["broken"] == 1
+
+
+# --- what is refused ---
+
+
+def test_bad_engines_and_models(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown physics 'bullet'; choose one of auto, mjx, mjx-warp, mujoco"):
+        envs.make("hopper", physics="bullet")
+    monkeypatch.setattr(physics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="mjx-warp is not installed: pip install warp-lang"):
+        envs.make("hopper", physics="mjx-warp")
+    (tmp_path / "broken.xml").write_text("<mujoco><worldbody><geom size='1' type='bal'/></worldbody></mujoco>")
+    with pytest.raises(ValueError, match=r"broken.xml: MuJoCo refuses this model"):
+        locomotion.load_spec(tmp_path / "broken.xml")
+    with pytest.raises(ValueError, match="maze is one of umaze, medium, large, not 'huge'"):
+        antmaze.AntMaze("huge")
+    with pytest.raises(ValueError, match="did you mean antmaze-large-diverse"):
+        envs.make("antmaze-large-divers")
