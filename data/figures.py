@@ -101,7 +101,7 @@ def figure_2d(path: str | pathlib.Path, layout: dict, panels: Sequence[Panel]) -
     x0, x1, y0, y1 = layout["bounds"]
     width, count = 2.3, len(panels)
     notes = ["\n".join(textwrap.fill(line, 43) for line in panel.note.splitlines()) for panel in panels]
-    handles, columns = _map_legend(panels), {1: 2, 2: 3}.get(count, 6)
+    handles, columns = _map_legend(panels, layout["start"] is not None), {1: 2, 2: 3}.get(count, 6)
     words = 0.45 + 0.14 * max(note.count("\n") + 1 for note in notes) + 0.19 * -(-len(handles) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width * count + 0.2, width * (y1 - y0) / (x1 - x0) + words), layout="constrained")
@@ -121,14 +121,15 @@ def draw_panel(ax: Axes, layout: dict, panel: Panel, cells: int = 60) -> None:
         norm = LogNorm(1, max(counts.max(), 10))
         ax.imshow(np.ma.masked_equal(counts, 0), DENSITY, norm, origin="lower", extent=(x0, x1, y0, y1), interpolation="nearest")
     for wall in layout["walls"]:
-        ax.plot(*np.transpose(wall), color=INK, linewidth=4, solid_capstyle="butt", zorder=3)
+        ax.plot(*np.transpose(wall), color=INK, linewidth=4 if len(layout["walls"]) == 1 else 1.5, solid_capstyle="butt", zorder=3)
     ax.add_patch(Circle(layout["goal"], layout["goal_radius"], facecolor="#F0E442", edgecolor=INK, linewidth=0.8, zorder=4))
     for i, line in enumerate([] if panel.paths is None else panel.paths):
         ax.plot(*np.transpose(line), color=COLORS[i % 6], linewidth=1.3, alpha=0.85, zorder=5)
     if panel.shortest is not None:
         halo = [withStroke(linewidth=3, foreground="white")]
         ax.plot(*np.transpose(panel.shortest), color="black", linewidth=1.4, linestyle=(0, (3, 1.5)), path_effects=halo, zorder=6)
-    ax.plot(*layout["start"], "o", markersize=6, color="white", markeredgecolor=INK, zorder=7)
+    if layout["start"] is not None:  # else an episode starts anywhere
+        ax.plot(*layout["start"], "o", markersize=6, color="white", markeredgecolor=INK, zorder=7)
     ax.plot(*layout["goal"], "*", markersize=8, color=INK, markeredgewidth=0, zorder=7)
     ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xticks=[], yticks=[])
     ax.grid(False)
@@ -206,11 +207,11 @@ def _line_style(i: int) -> tuple[str, str]:
     return COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
 
 
-def _map_legend(panels: Sequence[Panel]) -> list[Line2D]:
+def _map_legend(panels: Sequence[Panel], starts: bool = True) -> list[Line2D]:
     """Handles of what occurs in the panels, in the order in which they are read."""
     handles = [
         Line2D([], [], color=INK, linewidth=4, label="wall"),
-        Line2D([], [], color="none", marker="o", markersize=6, markerfacecolor="white", markeredgecolor=INK, label="start"),
+        *([Line2D([], [], color="none", marker="o", markersize=6, markerfacecolor="white", markeredgecolor=INK, label="start")] * starts),
         Line2D([], [], color="none", marker="*", markersize=9, markerfacecolor=INK, markeredgewidth=0, label="goal"),
     ]
     if any(panel.visits is not None for panel in panels):

@@ -40,34 +40,40 @@ def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None
     if not hasattr(env, "layout"):
         return {}
     layout, panels = env.layout, []
+    divided = len(layout["walls"]) == 1  # one wall: a path leads over or under it, and a grid search is fine enough to find one
     online = None if ring is None else jax.tree.map(lambda x: np.asarray(x)[:, : min(collected, x.shape[1])], ring)
     if offline is not None:
-        panels.append(
-            figures.Panel("offline data", visits=offline.obs, note=_describe(coverage.shortest_path(offline.obs, offline.next_obs, layout)))
-        )
-    shortest = [_shortest(offline, online, r, layout) for r in range(len(run.labels))] if collected else []
+        note = _describe(coverage.shortest_path(offline.obs, offline.next_obs, layout)) if divided else f"{size(offline):,} rows"
+        panels.append(figures.Panel("offline data", visits=offline.obs[:, :2], note=note))
+    shortest = [_shortest(offline, online, r, layout) for r in range(len(run.labels))] if collected and divided else []
     if collected:
         found = [s for s in shortest if s]
         best = min(found, key=lambda s: s.steps) if found else None
         sides = [s.side if s else "none" for s in shortest]
         counts = ", ".join(f"{side} {sides.count(side)}" for side in ("under", "over", "none"))
-        note = f"shortest path in the data of {len(sides)} runs: {counts}"
-        panels.append(
-            figures.Panel("online visits", visits=np.concatenate(list(online.obs)), shortest=best.path if best else None, note=note)
+        note = (
+            f"shortest path in the data of {len(sides)} runs: {counts}"
+            if divided
+            else f"{collected:,} rows in each of {len(run.labels)} runs"
         )
+        visits = np.concatenate(list(online.obs[..., :2]))
+        panels.append(figures.Panel("online visits", visits=visits, shortest=best.path if best else None, note=note))
+    crossed = {}
     for phase, paths in run.paths.items():
-        share = coverage.crossings([p for run_paths in paths for p in run_paths], layout)
-        note = "crossed " + ", ".join(f"{side} {part:.0%}" for side, part in share.items())
+        note = ""
+        if divided:
+            crossed[phase] = [coverage.crossings(list(p), layout) for p in paths]
+            share = coverage.crossings([p for run_paths in paths for p in run_paths], layout)
+            note = "crossed " + ", ".join(f"{side} {part:.0%}" for side, part in share.items())
         panels.append(figures.Panel(f"policy: {phase}", paths=[run_paths[0] for run_paths in paths], note=note))
     figures.figure_2d(folder / "map.png", layout, panels)
     if {"offline", "online", "retrained"} <= run.paths.keys():
         by_title = {panel.title.removeprefix("policy: "): panel for panel in panels}
         stages = [by_title[name] for name in ("offline", "online visits", "retrained")]
         figures.framework(folder / "framework.png", layout, stages, rows=(size(offline), collected))
-    return {
-        "crossings": {phase: [coverage.crossings(list(p), layout) for p in paths] for phase, paths in run.paths.items()},
-        "shortest_paths": [{"steps": s.steps, "side": s.side} if s else None for s in shortest],
-    }
+    if not divided:
+        return {}
+    return {"crossings": crossed, "shortest_paths": [{"steps": s.steps, "side": s.side} if s else None for s in shortest]}
 
 
 def _shortest(offline: Transition | None, online: Transition, r: int, layout: dict) -> coverage.ShortestPath | None:

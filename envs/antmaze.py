@@ -14,7 +14,8 @@ goal            goal cell + U(0, 1) + U(0, 0.5) per axis, radius 0.5        goal
 ==============  ==========================================================  =====================================================
 
 Both are built from Gymnasium's ant.xml. Further edits: contact margins are halved (see envs/locomotion.py), and with MJX only the
-`MAX_PAIRS` nearest pairs of a kind are examined for contact. Up to 7 touch at once, and the farthest of them was the 14th nearest (docs/antmaze.md).
+`MAX_PAIRS` nearest pairs of a kind are examined for contact: up to 7 touch at once, the farthest of them the 14th nearest
+(docs/antmaze.md).
 """
 
 import jax

@@ -17,6 +17,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -209,7 +210,8 @@ def for_the_eye(model: mujoco.MjModel, width: int, height: int) -> mujoco.MjMode
     floors = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
     model.geom_size[floors, :2] = 0
     materials = model.geom_matid[floors & (model.geom_matid >= 0)]
-    model.mat_texuniform[materials], model.mat_texrepeat[materials], model.mat_reflectance[materials] = True, 0.5, 0.08
+    model.mat_texuniform[materials], model.mat_texrepeat[materials], model.mat_reflectance[materials] = True, 0.5, 0.0
+    model.vis.quality.shadowsize = 2048  # half the size, twice as fast
     sizes = model.tex_height * model.tex_width * model.tex_nchannel
     for start, size, kind in zip(model.tex_adr, sizes, model.tex_type):
         texels = model.tex_data[start : start + size]
@@ -252,6 +254,7 @@ def add_goal(scene: mujoco.MjvScene, goal: np.ndarray, radius: float) -> None:
     mujoco.mjv_initGeom(
         sphere, mujoco.mjtGeom.mjGEOM_SPHERE, [radius] * 3, [*goal, radius], np.eye(3).ravel(), np.float32([0.1, 0.8, 0.3, 0.5])
     )
+    sphere.transparent = 1
     scene.ngeom += 1
 
 
@@ -279,9 +282,11 @@ def write_film(path: pathlib.Path, pictures: Iterator[np.ndarray], fps: float) -
         return
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=7, macro_block_size=2) as writer:
-        for picture in pictures:
-            writer.append_data(picture)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # of JAX; the child becomes ffmpeg at once
+        with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=7, macro_block_size=2) as writer:
+            for picture in pictures:
+                writer.append_data(picture)
 
 
 def write_strip(path: pathlib.Path, rows: list[list[np.ndarray]]) -> None:
