@@ -13,9 +13,7 @@ from data.datasets import episode
 CHUNK = 500  # steps of all worlds between two looks at the progress bar
 
 
-def record(
-    env: envs.Env, begin: Callable, act: Callable, transitions: int, seed: int, worlds: int = 64, restart: Callable | None = None
-) -> list[dict]:
+def record(env: envs.Env, begin: Callable, act: Callable, transitions: int, seed: int, restart: Callable | None = None) -> list[dict]:
     """Episodes with `transitions` rows in all, as `datasets.write_minari` takes them; the last one is cut to fit.
 
     `begin(state, key) -> memory` is called where an episode starts, `act(memory, state, key) -> (action, memory, cut)` at each step of one
@@ -23,7 +21,7 @@ def record(
     worlds start, by default `env.reset`. Only whole episodes are taken, in order of their ends, so that
     long ones are not missing; steps of broken physics, and the rest of their episodes, are not.
     """
-    restart = restart or env.reset
+    restart, worlds = restart or env.reset, max(1, min(64, transitions // 2000))
 
     def step(carry, key):
         state, memory = carry

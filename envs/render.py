@@ -40,6 +40,7 @@ MAX_FPS = 30  # of films in real time; with every task's step this comes to whol
 UNTIMED = 0.1  # seconds that a step takes to see, in tasks that know no time
 GAP = 4  # pixels between the frames of a strip
 SKY = 238  # its grey, of 255
+LIGHT = np.array([0.0, 0.45, -0.89])  # its direction: a little from the front, since from straight above a floor shades itself, in slivers
 INK, PATH, WALL, GOAL = "#222222", "#0072B2", "#C3C9D1", "#F0E442"
 ON = ("", "1", "on", "true", "enable", "enabled")  # values of MUJOCO_GL that leave the choice open
 TRY = {"Linux": ("egl", "osmesa"), "Darwin": ("cgl",), "Windows": ("glfw",)}
@@ -188,7 +189,8 @@ def draw_model(env: Env, track: Track, which: Iterable[int], width: int, height:
             mujoco.mj_forward(model, data)
             if follows(env, camera):
                 view.lookat[:2] = data.body("torso").xpos[:2]
-            data.light_xpos[:] = *view.lookat[:2], 4.0  # shadows are drawn near the light alone, and false ones if it is low
+            data.light_xpos[:] = view.lookat - 4.0 * LIGHT  # shadows are drawn only near where the light points
+            data.light_xdir[:] = LIGHT
             mujoco.mjv_updateScene(model, data, option, None, view, mujoco.mjtCatBit.mjCAT_ALL, scene)
             if track.goal is not None:
                 add_goal(scene, track.goal, env.radius)
