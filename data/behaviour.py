@@ -107,7 +107,8 @@ def train(
     else:
         run, factory = sac.train, functools.partial(sac_networks.make_sac_networks, hidden_layer_sizes=HIDDEN)
     _, parameters, _ = run(
-        environment=training, eval_env=Restarting(env), wrap_env_fn=lambda env, **_: env, num_timesteps=steps, episode_length=env.horizon, seed=seed,
+        environment=training, eval_env=Restarting(env), wrap_env_fn=lambda env, **_: env,  # they are wrapped already
+        num_timesteps=steps, episode_length=env.horizon, seed=seed,
         num_evals=21, num_eval_envs=32, normalize_observations=True, network_factory=factory, max_devices_per_host=1,
         progress_fn=lambda step, metrics: progress(step, float(metrics["eval/episode_reward"])), **{**SETTINGS[algorithm], **settings},
     )  # fmt: skip

@@ -43,8 +43,8 @@ class Run:
         self.paths: dict[str, np.ndarray] = {}
         self.failed: dict[int, str] = {}
         self.programs: dict[str, Compiled] = {}
-        self.before = dict.fromkeys(("wall", "updates", "env_steps", "run", "online", "compile"), 0.0)  # a resumption
-        self.updates = self.env_steps = 0
+        self.before = dict.fromkeys(("wall", "updates", "env_steps", "broken_worlds", "run", "online", "compile"), 0.0)  # a resumption
+        self.updates = self.env_steps = self.broken_worlds = 0
         self.began = time.perf_counter()
         self.folder = pathlib.Path(args.resume) if args.resume else self._create()
         self.metrics = (self.folder / "metrics.csv").open("a", newline="")
@@ -153,6 +153,12 @@ class Run:
         self.updates += num_runs * round(chunk.length * (self.args.utd_ratio if online else 1))
         self.env_steps += num_runs * chunk.length * online
         self.log(chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"})
+        if online and (lost := np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)).any():
+            self.broken_worlds += round(float(lost.sum()))
+            print(
+                f"online, step {step}: {lost.sum():.0f} worlds broke and were started anew; the broken steps are not stored",
+                file=sys.stderr,
+            )
         if broken := self.find_broken(chunk, jax.device_get(metrics), agent):
             with ocp.StandardCheckpointer() as checkpointer:  # for inspection; the run itself goes on
                 checkpointer.save((self.folder / f"broken_{chunk.phase}_{step}").absolute(), state, force=True)
@@ -205,7 +211,7 @@ class Run:
             raise cli.UsageError(f"--resume {self.folder}: the checkpoint does not fit these settings, or is damaged ({reason})") from None
         host = saved["host"]
         self._truncate(host["metrics_bytes"])
-        self.phases, self.before = host["phases"], host["clock"]
+        self.phases, self.before = host["phases"], self.before | host["clock"]
         self.failed = {int(r): text for r, text in host["failed"].items()}
         if (self.folder / "paths.npz").exists():
             with np.load(self.folder / "paths.npz") as paths:
@@ -224,6 +230,7 @@ class Run:
         programs = self.programs.values()
         now = {
             "wall": time.perf_counter() - self.began, "updates": self.updates, "env_steps": self.env_steps,
+            "broken_worlds": self.broken_worlds,
             "run": sum(p.run_seconds for p in programs), "compile": sum(p.compile_seconds for p in programs),
             "online": self.programs["online"].run_seconds if "online" in self.programs else 0.0,
         }  # fmt: skip
@@ -242,6 +249,7 @@ class Run:
             "seeds": [label.seed for label in self.labels],
             "phases": {**{name: {} for name in ("offline", "online", "retrained")}, **self.phases},
             "failed": {str(r): text for r, text in self.failed.items()},
+            "broken_worlds": int(clock["broken_worlds"]),
             "wall_seconds": clock["wall"],
             "seed_updates_per_second": clock["updates"] / max(clock["run"], 1e-9),
             "env_steps_per_second": clock["env_steps"] / max(clock["online"], 1e-9),

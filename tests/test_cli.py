@@ -314,3 +314,37 @@ def test_the_plan_retrains_where_asked():
     ]  # fmt: skip
     last = ooo_iql.make_plan(replace(args, retrain_at=(96,)))
     assert [(c.phase, c.start) for c in last][-2:] == [("retrained", 0), ("online", 96)]
+
+
+# --- the bodies' settings ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env hopper --dataset x", {"return_range": 1000.0, "expectile": 0.7, "reward_bias": 0.0}),
+        ("--env ant-sparse", {"return_range": 0.0, "offline_steps": 0, "dataset": "none"}),
+        ("--env antmaze-large-play", {"return_range": 0.0, "expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0}),
+        ("--env antmaze-umaze", {"dataset": "ooo/antmaze-umaze/noisy-v0"}),
+        ("--env maze2d-large-missing-data", {"temperature": 3.0, "dataset": "ooo/maze2d-large-missing-data/noisy-v0"}),
+        ("--dataset D4RL/door/human-v2 --online-steps 0", {"temperature": 0.5, "dropout": 0.1}),
+        ("--dataset halfcheetah_medium-v2.hdf5 --online-steps 0", {"return_range": 1000.0}),
+        ("--dataset pendulum.hdf5 --online-steps 0", {"temperature": 3.0, "dropout": 0.0}),  # not the pen
+    ],
+)
+def test_settings_of_the_papers_by_family(flags, expected):
+    args = cli.parse(iql.Args, iql.SETTINGS, flags.split())
+    found = {**vars(args), **vars(args.hyper)}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_return_range_scales_the_rewards_by_the_datas_returns():
+    args = cli.parse(iql.Args, iql.SETTINGS, ["--env", "hopper", "--dataset", "x"])
+    hyper, _ = cli.grid(args)
+
+    data = SimpleNamespace(card={"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]})
+    np.testing.assert_allclose(cli.scale_returns(args, hyper, data).reward_scale, 0.25)
+    np.testing.assert_allclose(cli.scale_returns(args, hyper, None).reward_scale, 1.0)
+    data.card["return_quantiles"] = [5.0] * 5
+    with pytest.raises(cli.UsageError, match="every episode of x has the return 5"):
+        cli.scale_returns(args, hyper, data)
