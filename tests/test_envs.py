@@ -16,7 +16,7 @@ ALL = pytest.mark.parametrize("name", [name for name in envs.names() if not name
 @ALL
 def test_contract(name):
     env = envs.make(name)
-    env.horizon = min(env.horizon, 40 if name.startswith(("ant", "half", "hop", "walk")) else 150)
+    env.horizon = min(env.horizon, 15 if name.startswith(("ant", "half", "hop", "walk")) else 150)
     keys = jax.random.split(jax.random.PRNGKey(0), 64)
     state = jax.jit(jax.vmap(env.reset))(keys)
     step = jax.jit(jax.vmap(lambda s, a, k: envs.step_and_reset(env, s, a, k)))

@@ -20,6 +20,10 @@ COMMON = (
     "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 200 --online-steps 1600 --num-envs 8 "
     "--utd-ratio 0.125 --eval-episodes 2 --eval-every 200 --checkpoint-every 50 --name it"
 )
+BODY = (
+    "--env hopper --physics mujoco --hidden 8 --num-seeds 2 --batch-size 16 --offline-steps 0 --online-steps 800 --num-envs 4 "
+    "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 40 --name it"
+)
 FLAGS = {"ooo_iql": [*COMMON.split(), "--retrain-steps", "200"], "iql": COMMON.split()}
 TIMING = ("wall_seconds", "seed_updates_per_second", "env_steps_per_second", "compile_seconds")
 
@@ -122,10 +126,7 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed, m
 
 def test_a_body_of_the_c_engine_goes_on_in_the_same_bits(place):
     """Its float64 state is in the checkpoint, though JAX has no float64 here."""
-    flags = (
-        "--env hopper --physics mujoco --hidden 8 --num-seeds 2 --batch-size 16 --offline-steps 0 --online-steps 800 --num-envs 4 "
-        "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 40 --name it"
-    ).split()
+    flags = BODY.split()
     finish(place, start(place, "iql", *flags, "--runs-dir", "body"))
     folder = place / "body-killed" / "iql" / "hopper" / "it"
     process = start(place, "iql", *flags, "--runs-dir", "body-killed")
