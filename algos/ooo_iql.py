@@ -100,6 +100,8 @@ class Args:
     """send metrics there as well as to metrics.csv"""
     sweep: tuple[str, ...] = ()
     """traced settings to sweep, e.g. intrinsic-coef=0,5 expectile=0.7,0.9: every combination, all seeds, one program"""
+    max_q: float = 1e5
+    """a seed whose mean Q-value is beyond this, up or down, has diverged and is stopped; no task here pays a tenth of it"""
     # data
     dataset: str = "auto"
     """Minari id, or a .hdf5 or .npz file; none: no offline data; auto: the environment's own, none with --offline-steps 0"""

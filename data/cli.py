@@ -126,11 +126,12 @@ def check(args: Any) -> None:
     for name, least in (
         ("num_seeds", 1), ("num_envs", 1), ("batch_size", 1), ("eval_episodes", 1), ("seed", 0), ("offline_steps", 0), ("online_steps", 0),
         ("retrain_steps", 0), ("eval_every", 0), ("checkpoint_every", 0), ("buffer_size", 0), ("upsample", 0), ("dropout", 0),
+        ("random_steps", 0), ("ensemble", 1), ("target_subset", 1), ("num_samples", 1), ("policy_every", 1),
     ):  # fmt: skip
         value = getattr(args, name, least)
         if not value >= least:
             raise UsageError(f"{_flag(name)} must be at least {least}, not {value}")
-    if getattr(args, "upsample", 0) > 1 or args.dropout >= 1:
+    if getattr(args, "upsample", 0) > 1 or getattr(args, "dropout", 0) >= 1:
         raise UsageError("--upsample is a share of the batch, at most 1, and --dropout a rate below 1")
     if min(getattr(args, "count_bins", (1,))) < 1:
         raise UsageError(f"--count-bins must be at least 1 1, not {args.count_bins}")
@@ -143,9 +144,16 @@ def check(args: Any) -> None:
         raise UsageError("nothing to do: --offline-steps, --online-steps and --retrain-steps are all 0")
     if args.offline_steps and args.dataset == "none":
         raise UsageError(f"--offline-steps {args.offline_steps} needs --dataset; {args.env} has none of its own")
-    for value in (*args.hidden, len(args.hidden)):
-        if value < 1:
-            raise UsageError(f"--hidden needs at least one layer of at least one unit, not {args.hidden}")
+    for name in ("hidden", "critic_hidden"):
+        sizes = getattr(args, name, (1,))
+        if min((*sizes, len(sizes))) < 1:
+            raise UsageError(f"{_flag(name)} needs at least one layer of at least one unit, not {sizes}")
+    if not args.max_q > 0:
+        raise UsageError(f"--max-q must be above 0, not {args.max_q:g}; inf for no limit")
+    if getattr(args, "offline_ratio", 0) > 1:
+        raise UsageError(f"--offline-ratio is a share of the batch, at most 1, not {args.offline_ratio:g}")
+    if not getattr(args, "init_alpha", 1) > 0:
+        raise UsageError(f"--init-alpha must be above 0, not {args.init_alpha:g}")
     if args.env == "none" and args.online_steps:
         raise UsageError(f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, --online-steps 0")
     updates = args.num_envs * args.utd_ratio

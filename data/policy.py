@@ -86,6 +86,7 @@ def save(
     layers: list[tuple[np.ndarray, np.ndarray]],
     *,
     log_std: np.ndarray | None = None,
+    log_std_head: tuple[np.ndarray, np.ndarray, float, float] | None = None,
     softplus_head: tuple[np.ndarray, np.ndarray, float] | None = None,
     hidden_activation: str = "relu",
     output: str = "tanh",
@@ -96,9 +97,9 @@ def save(
 ) -> None:
     """Writes a policy with actions in [-1, 1] to `path`, whole or not at all.
 
-    `layers` are pairs (w [in, out], b [out]); `log_std` is [A], or `softplus_head` is (wS, bS, std_min); the mean and standard
-    deviation of observations are [D] or one number. `provenance` are strings such as `algo="iql"`. A policy that `load` would
-    refuse is a ValueError.
+    `layers` are pairs (w [in, out], b [out]); `log_std` is [A], or `log_std_head` is (wS, bS, log_std_min, log_std_max), or
+    `softplus_head` is (wS, bS, std_min); the mean and standard deviation of observations are [D] or one number. `provenance` are
+    strings such as `algo="iql"`. A policy that `load` would refuse is a ValueError.
     """
     for name in NOT_PROVENANCE & set(provenance):
         raise ValueError(f"a policy's provenance cannot be called {name!r}: that name has a meaning of its own")
@@ -109,7 +110,8 @@ def save(
         "obs_clip": [obs_clip],
         **{f"{name}{i}": array for i, layer in enumerate(layers) for name, array in zip("wb", layer)},
         **({} if log_std is None else {"log_std": log_std}),
-        **({} if softplus_head is None else dict(zip(("wS", "bS", "std_min"), softplus_head))),
+        **({} if log_std_head is None else dict(zip((*NOISE_HEAD, *NOISE_BOUNDS), log_std_head))),
+        **({} if softplus_head is None else dict(zip((*NOISE_HEAD, "std_min"), softplus_head))),
         "action_low": -np.ones(sizes[1]),
         "action_high": np.ones(sizes[1]),
     }

@@ -10,19 +10,29 @@ from data.buffer import Transition, size
 from data.run import Run
 
 
-def save_policies(run: Run, actors: Any, phase: str) -> None:
-    """Writes `policies/<phase>_seed<k>[_<setting>].npz` for each run that did not break; `actors` have a leading axis of runs."""
+def save_policies(run: Run, actors: Any, phase: str, action_size: int) -> None:
+    """Writes `policies/<phase>_seed<k>[_<setting>].npz` for each run that did not break; `actors` have a leading axis of runs.
+
+    Three kinds of actors are known by their parameters: IQL's has a `log_std`; SAC's last layer gives means and log standard
+    deviations, 2 * action_size in all; a deterministic one gives actions alone.
+    """
     actors = jax.device_get(actors)
     for r, label in enumerate(run.labels):
         if r not in run.failed:
             own = jax.tree.map(lambda x, r=r: x[r], actors)["params"]
-            dense = [layer for _, layer in sorted(own["MLP_0"].items(), key=lambda item: int(item[0].rpartition("_")[2]))]
+            layers = sorted(own["MLP_0"].items(), key=lambda item: int(item[0].rpartition("_")[2]))
+            dense = [(layer["kernel"], layer["bias"]) for _, layer in layers]
+            weights, bias = dense[-1]
+            if "log_std" in own:
+                kind = {"output": "tanh_mean", "log_std": np.clip(own["log_std"], -5, 2)}
+            elif len(bias) == 2 * action_size:
+                dense[-1] = (weights[:, :action_size], bias[:action_size])
+                kind = {"output": "tanh", "log_std_head": (weights[:, action_size:], bias[action_size:] - 1.0, -20.0, 2.0)}
+            else:
+                kind = {"output": "tanh"}
             path = run.folder / "policies" / f"{phase}_{_file_name(label)}.npz"
             path.parent.mkdir(exist_ok=True)
-            policy.save(
-                path, [(layer["kernel"], layer["bias"]) for layer in dense], log_std=np.clip(own["log_std"], -5, 2), output="tanh_mean",
-                algo=run.method, trained_on=run.task, source=str(run.folder),
-            )  # fmt: skip
+            policy.save(path, dense, **kind, algo=run.method, trained_on=run.task, source=str(run.folder))
 
 
 def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None, collected: int) -> dict:
@@ -93,8 +103,9 @@ def conclude(run: Run, env: Any, offline: Transition | None, ring: Transition | 
     """Ends a run: figures, policies of `actors` (name -> parameters [runs, ...]), exported experience, result.json, closing table."""
     ring = None if ring is None else jax.device_get(ring)
     collected = run.args.online_steps
+    action_size = env.action_size if env else offline.action.shape[1]
     for name, parameters in actors.items():
-        save_policies(run, parameters, name)
+        save_policies(run, parameters, name, action_size)
     if run.args.export:
         export(run, ring, collected)
     run.finish(draw(run, env, offline, ring, collected))

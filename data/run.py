@@ -1,6 +1,7 @@
 """The record of a run on disk: its folder, settings, metrics, progress, checkpoints and results."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -128,19 +129,27 @@ class Run:
         os.replace(temporary, self.folder / "paths.npz")
 
     def find_broken(self, chunk: cli.Chunk, metrics: dict[str, Any], parameters: Any) -> list[int]:
-        """Notes and returns the runs that broke in `chunk`: whose metrics [runs] or `parameters` [runs, ...] are not finite."""
+        """Notes and returns the runs that broke in `chunk`: metrics [runs] or `parameters` [runs, ...] not finite, or q past --max-q."""
         bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(len(self.labels))]
         for path, ok in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(parameters))):
             for r in np.flatnonzero(~ok):
                 bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
-        new = [r for r, names in enumerate(bad) if names and r not in self.failed]
-        for r in new:
-            first, end = int(metrics["nonfinite_at"][r]), chunk.start + chunk.length
-            since = f"step {end}" if first < 0 else f"iteration {first} after step {chunk.start}"
-            more = f" and {len(bad[r]) - 8} more" if len(bad[r]) > 8 else ""
-            self.failed[r] = f"{chunk.phase}, step {end}: not finite since {since}: {', '.join(bad[r][:8])}{more}"
+        end = chunk.start + chunk.length
+        new = []
+        for r, names in enumerate(bad):
+            where, q = f"{chunk.phase}, step {end}", abs(float(metrics["q"][r])) if "q" in metrics else 0.0
+            if r in self.failed or not (names or q > self.args.max_q):
+                continue
+            if names:
+                first = int(metrics["nonfinite_at"][r])
+                since = f"step {end}" if first < 0 else f"iteration {first} after step {chunk.start}"
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                self.failed[r] = f"{where}: not finite since {since}: {', '.join(names[:8])}{more}"
+            else:
+                self.failed[r] = f"{where}: diverged, the mean Q-value is {metrics['q'][r]:.3g}, beyond --max-q {self.args.max_q:g}"
             label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
             print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
+            new.append(r)
         return new
 
     def after(self, chunk: cli.Chunk, metrics: dict, agent: Any, state: Any, position: int, evaluate: Any, keys: jax.Array) -> None:
@@ -291,6 +300,41 @@ class Run:
         self.console.print(
             f"wrote {self.folder}/: " + ", ".join(str(p.relative_to(self.folder)) for p in files), soft_wrap=True, highlight=False
         )
+
+
+def load_agents(folder: str, labels: list[cli.RunLabel], like: Any) -> Any:
+    """The agents in the last checkpoint of the run in `folder`, the one of each label's seed, as numpy arrays [runs, ...].
+
+    `like` has the shapes of one agent, and the fields to take. What does not fit raises UsageError.
+    """
+    flag = f"--pretrained {folder}"
+    try:
+        config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise cli.UsageError(f"{flag}: not a run's folder, or damaged ({error})") from None
+    settings = config["settings"]
+    if settings["sweep"]:
+        raise cli.UsageError(f"{flag}: that run swept {', '.join(settings['sweep'])}; start from one with a single setting")
+    seeds = range(settings["seed"], settings["seed"] + settings["num_seeds"])
+    if missing := sorted({label.seed for label in labels} - set(seeds)):
+        raise cli.UsageError(f"{flag}: that run has the seeds {seeds[0]} to {seeds[-1]}, not {', '.join(map(str, missing))}")
+    with ocp.CheckpointManager((pathlib.Path(folder) / "checkpoints").absolute()) as manager:
+        if manager.latest_step() is None:
+            raise cli.UsageError(f"{flag}: there is no checkpoint yet")
+        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    if "agent" not in saved:
+        raise cli.UsageError(f"{flag}: a run of {config['method']}.py has no agent of this kind; name one of cql.py or cal_ql.py")
+    rows = np.array([seeds.index(label.seed) for label in labels])
+    found = {}
+    for field in dataclasses.fields(like):
+        shapes, arrays = getattr(like, field.name), jax.tree.leaves(saved["agent"].get(field.name))
+        if [x.shape[1:] for x in arrays] != [x.shape for x in jax.tree.leaves(shapes)]:
+            raise cli.UsageError(
+                f"{flag}: the {field.name} there has other shapes; --hidden and --critic-hidden must be as in its config.json, "
+                f"{settings['hidden']} and {settings.get('critic_hidden')}, and the task of the same sizes"
+            )
+        found[field.name] = jax.tree.unflatten(jax.tree.structure(shapes), [np.asarray(x)[rows] for x in arrays])
+    return like.replace(**found)
 
 
 @jax.jit
