@@ -162,12 +162,6 @@ class Run:
         self.updates += num_runs * round(chunk.length * (self.args.utd_ratio if online else 1))
         self.env_steps += num_runs * chunk.length * online
         self.log(chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"})
-        if online and (lost := np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)).any():
-            self.broken_worlds += round(float(lost.sum()))
-            print(
-                f"online, step {step}: {lost.sum():.0f} worlds broke and were started anew; the broken steps are not stored",
-                file=sys.stderr,
-            )
         if broken := self.find_broken(chunk, jax.device_get(metrics), agent):
             with ocp.StandardCheckpointer() as checkpointer:  # for inspection; the run itself goes on
                 checkpointer.save((self.folder / f"broken_{chunk.phase}_{step}").absolute(), state, force=True)
@@ -175,6 +169,8 @@ class Run:
                 raise cli.UsageError(
                     f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or look into {self.folder}"
                 )
+        if online:
+            self._count_broken_worlds(step, np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs))
         if chunk.evaluate and evaluate.possible:
             # Apart from the keys of training; the same starts for every phase and step.
             tally = evaluate(agent.actor, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), record=chunk.last and evaluate.has_map)
@@ -183,6 +179,13 @@ class Run:
                 self.keep_paths(chunk.phase, evaluate.paths(tally))
         if chunk.save:
             self.save(position, state)
+
+    def _count_broken_worlds(self, step: int, lost: np.ndarray) -> None:
+        """Adds up and reports worlds [runs] that went non-finite; those of a stopped run, whose actions are not finite, say nothing."""
+        lost = sum(n for r, n in enumerate(lost) if r not in self.failed)
+        if lost:
+            self.broken_worlds += round(float(lost))
+            print(f"online, step {step}: {lost:.0f} worlds broke and were started anew; the broken steps are not stored", file=sys.stderr)
 
     # --- checkpoints ---
 
