@@ -6,7 +6,6 @@ tasks agree with them. Edits to a model, and why:
 * Contact margins are halved (hopper, ant). Since MuJoCo 3.5 the margins of two geoms add up, where the larger one used to count. All
   geoms of a model have the same margin, so that half of it gives each pair what it had when the data were recorded.
 * `walker2d.xml`, not `walker2d_v5.xml`: the right foot's friction is 0.9 there and was in the data; v5 has 1.9.
-* MJX alone: the solver stops after `SOLVER` iterations, since a batch waits for its slowest world (docs/physics.md has the effect).
 
 The ant is observed without contact forces: Gym's v2 gave 84 of them, but they were all 0 in D4RL's data, and the loader drops them.
 """
