@@ -1,0 +1,158 @@
+"""The comparison of OOO's Tables 1 to 3, its ablations and two of its figures, in small: every method on one task, with one budget.
+
+    python tests/reproduction/tables.py --task point-mass-wall --out comparison
+    python tests/reproduction/tables.py --task maze2d-large-missing-data --methods iql ooo_iql td3 --seeds 5
+
+Each method is one run of its script, with the flags of `BUDGETS` here and its own settings for the rest. An OOO run gives two rows: its
+explorer is the base method with the bonus, its exploiter is OOO. What is finished is not run again, and what was interrupted is resumed;
+so this can be called again and again. Writes `<out>/<task>.md`, and figures of the bonus (Figure 3, left), of Q-values in retraining
+(Figure 5c) and of success.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+
+from data import figures, statistics
+
+REPO = pathlib.Path(__file__).parents[2]
+NAMES = {  # run -> (script, flags beyond the task's, what its phases are called in the table)
+    "iql": ("iql", "", {"offline": "IQL, offline", "online": "IQL"}),
+    "ooo_iql": ("ooo_iql", "--retrain-steps RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
+    "pex": ("pex", "", {"online": "PEX"}),
+    "cql": ("cql", "CQL", {"offline": "CQL, offline", "online": "CQL"}),
+    "sac_ft": ("sac", "--pretrained CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
+    "cal_ql": ("cal_ql", "CQL", {"offline": "Cal-QL, offline", "online": "Cal-QL"}),
+    "ooo_cal_ql": ("ooo_cal_ql", "CQL --retrain-steps RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
+    "rlpd": ("rlpd", "RLPD", {"online": "RLPD"}),
+    "ooo_rlpd": ("ooo_rlpd", "RLPD --retrain-steps RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
+    "td3": ("td3", "--offline-steps 0 --intrinsic rnd --retrain-steps RETRAIN", {"online": "TD3 + RND", "retrained": "TD3 retraining"}),
+    # ablations of OOO(IQL)
+    "frozen_bonus": ("ooo_iql", "--retrain-steps RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
+    "no_upsampling": ("ooo_iql", "--retrain-steps RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
+    "no_bounds": ("ooo_iql", "--retrain-steps RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
+    "warm_start": ("ooo_iql", "--retrain-steps RETRAIN --retrain-at HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
+    "sync": ("ooo_iql", "--retrain-steps RETRAIN --retrain-at HALVES --sync-explorer", {"online": "explorer, synchronised (Fig. 14)",
+             "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
+}  # fmt: skip
+BUDGETS = {  # task -> flags of every method, and what the words in capitals of NAMES stand for there
+    "point-mass-wall": {
+        "all": "--online-steps 960000 --num-envs 48 --utd-ratio 0.020833333333333332",
+        "RETRAIN": "24000", "HALVES": "480000 960000", "CQL": "", "RLPD": "",
+    },
+    "maze2d-large-missing-data": {
+        "all": "--hidden 128 128 --online-steps 400000 --num-envs 32 --utd-ratio 0.0625",
+        "offline": "--offline-steps 10000",
+        "RETRAIN": "50000", "HALVES": "200000 400000", "CQL": "", "RLPD": "",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    """Runs all methods on one task and tabulates them."""
+
+    task: str = "point-mass-wall"
+    """task, one of BUDGETS"""
+    methods: tuple[str, ...] = tuple(NAMES)
+    """which runs"""
+    seeds: int = 3
+    """seeds of each"""
+    runs_dir: pathlib.Path = pathlib.Path("runs")
+    """folder of runs"""
+    out: pathlib.Path = pathlib.Path("comparison")
+    """folder for the table and the figures"""
+    only_table: bool = False
+    """run nothing; tabulate what there is"""
+
+
+def folder_of(args: Args, run: str) -> pathlib.Path:
+    return args.runs_dir / NAMES[run][0] / args.task / f"table-{run}"
+
+
+def command(args: Args, run: str) -> list[str]:
+    """The command line of one run."""
+    script, flags, _ = NAMES[run]
+    budget = BUDGETS[args.task]
+    words = f"{budget['all']} {budget.get('offline', '') if '--offline-steps' not in flags else ''} {flags}".split()
+    stand_for = {**budget, "CQL_RUN": str(folder_of(args, "cql"))}
+    words = [w for word in words for w in (stand_for.get(word, word).split() if word.isupper() else [word])]
+    own = budget.get(run, "").split()
+    return [str(REPO / f"algos/{script}.py"), "--env", args.task, "--num-seeds", str(args.seeds), *words, *own,
+            "--runs-dir", str(args.runs_dir), "--name", f"table-{run}"]  # fmt: skip
+
+
+def carry_out(args: Args, run: str) -> None:
+    folder = folder_of(args, run)
+    if (folder / "result.json").exists():
+        return
+    words = command(args, run)
+    if (folder / "config.json").exists():
+        words = [words[0], "--resume", str(folder)]
+    print(time.strftime("%T"), *words, flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / f"{args.task}-{run}.log").open("a") as log:
+        code = subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        print(f"  failed with exit code {code}: {log.name}", flush=True)
+
+
+def cell(values: list) -> str:
+    found = statistics.summarise(np.array([np.nan if v is None else v for v in values], float))
+    return f"{found['iqm']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if np.isfinite(found["iqm"]) else "diverged"
+
+
+def table(args: Args) -> str:
+    """Markdown: one row per policy, IQM over seeds and 95 % interval."""
+    lines = []
+    for run in args.methods:
+        path = folder_of(args, run) / "result.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        for phase, name in NAMES[run][2].items():
+            found = result["phases"].get(phase)
+            if found:
+                score = cell(found["normalized_score"]) if "normalized_score" in found else "-"
+                lines.append(f"| {name} | {cell(found['success'])} | {cell(found['return'])} | {cell(found['length'])} | {score} | "
+                             f"{result['wall_seconds']:.0f} |")  # fmt: skip
+    head = "| policy | success | return | episode length | normalised score | run, s |\n|---|---|---|---|---|--:|"
+    commands = "\n".join(f"    python algos/{' '.join(command(args, run)).split('algos/')[1]}" for run in args.methods)
+    return f"{head}\n" + "\n".join(lines) + f"\n\nCommands:\n\n{commands}\n"
+
+
+def curves(args: Args, runs: tuple[str, ...], metric: str, phases: tuple[str, ...], title: str) -> None:
+    """Draws `<out>/<task>-<metric>.png`, a colour per run."""
+    rows = []
+    for run in runs:
+        metrics = folder_of(args, run) / "metrics.csv"
+        if metrics.exists():
+            rows += [{**row, "setting": run} for row in figures.read(metrics) if row["phase"] in phases and row["metric"] == metric]
+    if rows:
+        path = args.out / f"{args.task}-{metric.removeprefix('eval/')}.png"
+        figures.learning_curves(rows, path, metric=metric, title=f"{title}: {args.task}")
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    if args.task not in BUDGETS:
+        raise SystemExit(f"error: --task {args.task} is not one of {', '.join(BUDGETS)}")
+    for run in () if args.only_table else args.methods:
+        carry_out(args, run)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = table(args)
+    (args.out / f"{args.task}.md").write_text(text)
+    print(text)
+    curves(args, ("ooo_iql", "ooo_cal_ql", "ooo_rlpd", "td3"), "bonus", ("offline", "online"), "exploration bonus")
+    curves(args, ("ooo_iql", "ooo_rlpd", "td3"), "q", ("retrained",), "Q-values in retraining")
+    curves(args, args.methods, "eval/success", ("online", "retrained"), "success")
+
+
+if __name__ == "__main__":
+    main()
