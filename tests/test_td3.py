@@ -1,0 +1,259 @@
+"""TD3, and what OOO's code calls so, against plain NumPy in float64; on the probes; and stopped where its values explode."""
+
+import json
+import sys
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import adam_first_step, double, ensemble, forward, gradient, mostly_close
+from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
+
+from algos import td3
+from data import cli, policy, report
+from data.buffer import Transition
+
+OBS, ACT, BATCH, HIDDEN = 3, 2, 48, (5, 4)
+SETTINGS = {
+    "actor_lr": 2e-2, "critic_lr": 3e-2, "target_rate": 0.1, "reward_scale": 2.0, "reward_bias": -1.0, "target_noise": 0.6,
+    "target_noise_clip": 0.5,
+}  # fmt: skip
+BOUNDS = (-2.5, 2.0)
+
+
+def make(gaussian=False):
+    nets = td3.Nets(td3.Actor(HIDDEN, ACT, gaussian), td3.Critic(HIDDEN))
+    agent = td3.init_agent(nets, OBS, jax.random.PRNGKey(0))
+    # Targets that differ from their networks, and biases that are not zero, so that a mix-up shows.
+    names = ("actor", "critic", "target_actor", "target_critic")
+    shift = lambda tree, k: jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.PRNGKey(k), x.shape), tree)  # noqa: E731
+    agent = agent.replace(**{name: shift(getattr(agent, name), k + 7) for k, name in enumerate(names)})
+    rng = np.random.default_rng(0)
+    batch = Transition(
+        *(np.float32(x) for x in (
+            rng.normal(size=(BATCH, OBS)), rng.uniform(-1, 1, (BATCH, ACT)), rng.normal(size=BATCH),
+            rng.normal(size=(BATCH, OBS)), rng.integers(0, 2, BATCH),
+        ))
+    )  # fmt: skip
+    return nets, agent, batch, np.float32(rng.uniform(0, 0.5, BATCH))
+
+
+def noise_of(key):
+    """What `td3.act` draws with this key for a batch."""
+    return np.float64(jax.random.normal(key, (BATCH, ACT)))
+
+
+def mean_action(actor, obs):
+    return np.tanh(forward(actor["params"]["MLP_0"], obs))
+
+
+def sampled_action(actor, obs, noise):
+    """Of the code's variant, whose deviation, the same everywhere, is added before the squashing."""
+    return np.tanh(forward(actor["params"]["MLP_0"], obs) + np.exp(actor["params"]["log_std_before_tanh"]) * noise)
+
+
+def target_of(batch, hyper, bonus, agent, next_action):
+    next_q = ensemble(agent.target_critic, batch.next_obs, next_action).min(axis=0)
+    free = 2.0 * batch.reward - 1.0 + hyper.discount * batch.discount * next_q
+    assert (free < BOUNDS[0]).any() and (free > BOUNDS[1]).any(), "bounds that bound nothing"
+    return np.clip(free, *BOUNDS) + bonus
+
+
+def check_critics(ours, metrics, agent, batch, target):
+    def bellman(params):
+        return np.mean(((ensemble(params, batch.obs, batch.action) - target) ** 2).sum(axis=0))
+
+    np.testing.assert_allclose(metrics["critic_loss"], bellman(agent.critic), rtol=1e-4)
+    np.testing.assert_allclose(metrics["q"], target.mean(), rtol=1e-4)
+    mostly_close(ours.critic, adam_first_step(agent.critic, gradient(bellman, agent.critic), 3e-2))
+
+
+def moved(new, old):
+    return jax.tree.map(lambda new, old: 0.1 * new + 0.9 * old, new, old)
+
+
+def test_update_of_td3():
+    nets, agent, batch, bonus = make()
+    hyper, key = td3.Hyper(**SETTINGS, policy_every=1.0), jax.random.PRNGKey(5)
+    ours, metrics = jax.jit(partial(td3.update, nets))(hyper, agent, batch, bonus, BOUNDS, key)
+    agent, batch = double(agent), double(batch)
+
+    noise = 0.6 * noise_of(jax.random.split(key)[0])
+    action = mean_action(agent.target_actor, batch.next_obs) + np.clip(noise, -0.5, 0.5)
+    assert (np.abs(noise) > 0.5).any() and (np.abs(action) > 1).any()
+    check_critics(ours, metrics, agent, batch, target_of(batch, hyper, bonus, agent, np.clip(action, -1, 1)))
+
+    def policy_loss(params, critic=double(ours.critic)):
+        return -ensemble(critic, batch.obs, mean_action(params, batch.obs))[0].mean()
+
+    q = ensemble(double(ours.critic), batch.obs, mean_action(agent.actor, batch.obs))
+    assert 0 < np.mean(q[0] < q[1]) < 1, "the first critic should not be the least one everywhere"
+    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor), rtol=1e-4)
+    mostly_close(ours.actor, adam_first_step(agent.actor, gradient(policy_loss, agent.actor), 2e-2))
+    mostly_close(ours.target_critic, moved(double(ours.critic), agent.target_critic))
+    mostly_close(ours.target_actor, moved(double(ours.actor), agent.target_actor))
+
+
+def test_update_of_what_ooo_calls_td3():
+    """No delay, whatever --policy-every; the target from samples of the policy; the policy climbs both critics as they were before."""
+    nets, agent, batch, bonus = make(gaussian=True)
+    hyper, key = td3.Hyper(**SETTINGS, policy_every=7.0), jax.random.PRNGKey(5)
+    ours, metrics = jax.jit(partial(td3.update, nets))(hyper, agent, batch, bonus, BOUNDS, key)
+    agent, batch = double(agent), double(batch)
+    next_noise, noise = (noise_of(k) for k in jax.random.split(key))
+    next_action = sampled_action(agent.actor, batch.next_obs, next_noise)
+    check_critics(ours, metrics, agent, batch, target_of(batch, hyper, bonus, agent, next_action))
+
+    def policy_loss(params):
+        return -ensemble(agent.critic, batch.obs, sampled_action(params, batch.obs, noise)).mean()
+
+    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor), rtol=1e-4)
+    mostly_close(ours.actor, adam_first_step(agent.actor, gradient(policy_loss, agent.actor), 2e-2))
+    mostly_close(ours.target_critic, moved(double(ours.critic), agent.target_critic))
+
+
+def test_policy_and_targets_wait_for_their_turn():
+    """With a delay of 3 the first two updates move the critics alone; the third moves all, Adam counting one step of the policy."""
+    nets, agent, batch, bonus = make()
+    hyper = td3.Hyper(**SETTINGS, policy_every=3.0)
+    step = jax.jit(lambda agent, key: td3.update(nets, hyper, agent, batch, bonus, BOUNDS, key)[0])
+    seen = [agent]
+    for key in jax.random.split(jax.random.PRNGKey(1), 6):
+        seen.append(step(seen[-1], key))
+
+    def same(a, b, *names):
+        return all(bool((x == y).all()) for n in names for x, y in zip(jax.tree.leaves(getattr(a, n)), jax.tree.leaves(getattr(b, n))))
+
+    slow = ("actor", "actor_opt", "target_actor", "target_critic")
+    assert [same(a, b, *slow) for a, b in pairwise(seen)] == [True, True, False, True, True, False]
+    assert not any(same(a, b, "critic") for a, b in pairwise(seen))
+    assert [int(a.critic_opt.count) for a in seen] == list(range(7)) and [int(a.actor_opt.count) for a in seen] == [0, 0, 0, 1, 1, 1, 2]
+    after, before = seen[3], double(seen[2])
+
+    def policy_loss(params, critic=double(after.critic)):
+        return -ensemble(critic, double(batch).obs, mean_action(params, double(batch).obs))[0].mean()
+
+    mostly_close(after.actor, adam_first_step(before.actor, gradient(policy_loss, before.actor), 2e-2))
+
+
+def test_actions():
+    key, (nets, agent, batch, _) = jax.random.PRNGKey(3), make()
+    mean, noise = mean_action(double(agent.actor), np.float64(batch.obs)), noise_of(key)
+    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs), mean, atol=1e-5)
+    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs, key, 0.8), np.clip(mean + 0.8 * noise, -1, 1), atol=1e-5)
+    nets, agent, *_ = make(gaussian=True)
+    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs), mean_action(double(agent.actor), np.float64(batch.obs)), atol=1e-5)
+    sample = sampled_action(double(agent.actor), np.float64(batch.obs), noise)
+    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs, key, 0.8), sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_saved_policy_is_the_mean_action(tmp_path, gaussian):
+    nets, agent, batch, _ = make(gaussian)
+    run = SimpleNamespace(labels=[cli.RunLabel(4, "")], failed={}, folder=tmp_path, method="td3", task="test")
+    report.save_policies(run, jax.tree.map(lambda x: x[None], agent.actor), "policy", ACT)
+    saved = policy.load(tmp_path / "policies" / "policy_seed4.npz")
+    np.testing.assert_allclose(policy.act(saved, batch.obs), td3.act(nets, agent.actor, batch.obs), atol=1e-5)
+
+
+# --- on the probes ---
+
+ONLINE = {"online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "random_steps": 800, "dataset": "none"}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_online(name):
+    probing = Probing(td3, settings(td3, name, {}, **ONLINE))
+    probing.run("explore", STEPS)
+    probing.check(probing.state.explorer, value_of_mean_action)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_offline(name):
+    probing = Probing(td3, settings(td3, name, {}, online_steps=0, offline_steps=STEPS), random_data(name))
+    probing.run("pretrain", STEPS)
+    probing.check(probing.state.explorer, value_of_mean_action)
+
+
+def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus():
+    """With random offline rows in the buffer, and the probe that needs most; the explorer's bonus keeps out of what is retrained."""
+    args = settings(td3, "probe-match-obs", {}, **ONLINE, variant="code", intrinsic="rnd", retrain_steps=STEPS)
+    probing = Probing(td3, args, random_data(args.env))
+    assert (np.asarray(probing.run("explore", 130)["bonus"]) > 0).all()
+    assert (np.asarray(probing.run("retrain", STEPS)["bonus"]) == 0).all()
+    probing.check(probing.state.exploiter, value_of_mean_action)
+
+
+# --- batches, and runs that diverge ---
+
+
+def test_offline_rows_are_drawn_like_all_others_unless_told():
+    rows = lambda value, n: Transition(*(jnp.full((n, *shape), value) for shape in ((1,), (1,), (), (1,), ())))  # noqa: E731
+    offline, ring = rows(1.0, 300), rows(0.0, 400)
+    for ratio, expected in ((-1.0, 300 / 400), (0.25, 0.25), (1.0, 1.0)):
+        args = settings(td3, "probe-match-obs", {}, offline_ratio=ratio)
+        batch = jax.jit(lambda key, args=args: td3.sample_batches(args, offline, ring, jnp.int32(100), 50, key))(jax.random.PRNGKey(0))
+        assert batch.reward.shape == (50, 64)
+        np.testing.assert_allclose(batch.reward.mean(), expected, atol=0.03)
+
+
+TINY = (
+    "--env point-mass-wall --hidden 8 8 --critic-hidden 8 8 --num-seeds 2 --batch-size 16 --online-steps 320 --random-steps 0 --num-envs 8 "
+    "--utd-ratio 0.125 --eval-episodes 2 --name it"
+)
+
+
+@pytest.fixture(scope="module")
+def exploded(tmp_path_factory):
+    """A run whose second setting has values without a bound: a discount of 3. It acts well below --max-q, and breaks in retraining."""
+    place, flags = (
+        tmp_path_factory.mktemp("exploded"),
+        "--retrain-steps 400 --policy-every 1 --target-rate 0.5 --critic-lr 1e-2 --max-q 300",
+    )
+    err = place / "err"
+    with err.open("w") as stderr, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(sys, "argv", ["td3", *TINY.split(), *flags.split(), "--sweep", "discount=0.9,3", "--runs-dir", str(place)])
+        td3.main()
+    return place / "td3" / "point-mass-wall" / "it", err.read_text()
+
+
+def test_a_run_whose_values_explode_is_named_and_the_others_go_on(exploded):
+    folder, err = exploded
+    result = json.loads((folder / "result.json").read_text())
+    assert result["failed"].keys() == {"2", "3"} and set(result["phases"]) == {"offline", "online", "retrained"}
+    for seed, line in enumerate(err.splitlines()):
+        assert line.startswith(f"seed {seed} discount=3 stopped in retrained, step ") and line.endswith("beyond --max-q 300")
+        assert "diverged, the mean Q-value is " in line and abs(float(line.split("is ")[1].split(",")[0])) > 300
+    assert len(err.splitlines()) == 2
+    for measure in result["phases"]["retrained"].values():
+        assert [v is None for v in measure] == [False, False, True, True]
+    assert all(v is not None for v in result["phases"]["online"]["return"])
+    names = {f"{name}_seed{k}_discount=0.9.npz" for name in ("policy", "exploiter") for k in (0, 1)}
+    assert {p.name for p in (folder / "policies").iterdir()} == names
+    assert (folder / "figures" / "q.png").stat().st_size > 0 and list(folder.glob("broken_retrained_*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--policy-every 0", "--policy-every must be a whole number, at least 1, not 0"),
+        ("--policy-every 1.5", "--policy-every must be a whole number, at least 1, not 1.5"),
+        ("--target-noise-clip -1", "--target-noise-clip must be at least 0, not -1"),
+        ("--exploration-noise nan", "--exploration-noise must be at least 0, not nan"),
+        ("--frozen-bonus --retrain-steps 10", "--frozen-bonus needs --intrinsic rnd"),
+        (
+            "--dataset own --env probe-match-obs --offline-steps 10",
+            "--offline-steps 10 needs --dataset; probe-match-obs has none of its own",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why(flags, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["td3", *TINY.split(), *flags.split(), "--runs-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.guarded(td3.main)
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
