@@ -5,9 +5,10 @@ are those of Okabe and Ito (2008), told apart by readers with any of the common 
 """
 
 import csv
+import math
 import pathlib
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from data import coverage, statistics
@@ -65,33 +66,60 @@ def learning_curves(rows: Sequence[dict] | str | pathlib.Path, path: str | pathl
     value. `metric` also finds `eval/<metric>`. Of a value recorded twice the later counts; NaN is left out. With one
     seed, or one that lived, there is no band. ValueError if nothing was recorded under that name.
     """
+    series, settings = _series(read(rows), metric)
+    with mpl.rc_context(STYLE):
+        figure, axes = _panels(series)
+        for ax, runs in zip(axes, series.values()):
+            _phase(ax, runs, settings)
+        axes[0].set_ylabel(metric.removeprefix("eval/"))
+        _finish(figure, settings, title)
+        _save(figure, path)
+
+
+def q_curves(
+    rows: Sequence[dict] | str | pathlib.Path,
+    path: str | pathlib.Path,
+    stopped: Mapping[tuple[int, str], tuple[str, int]] | None = None,
+    limit: float = math.inf,
+    title: str = "",
+) -> None:
+    """Mean Q-values, to see divergence with: one panel per phase, a thin line per seed and a thick one for the mean over seeds.
+
+    `rows` as in `learning_curves`, in the order of time, with the metric "q". `stopped` maps (seed, setting) to the (phase, step) at
+    which that run was given up: there its line ends in a cross, at the upper edge where the value is not a number, and the mean goes on
+    without it. The axis is linear as far as most values reach and logarithmic beyond, so that an explosion fits in and the rest keeps
+    its shape. `limit` (--max-q) is drawn where a value comes within a tenth of it; values beyond ten times it are drawn there.
+    """
+    stopped = stopped or {}
+    series, settings = _series(_until_stopped(read(rows), stopped), "q")
+    values = np.array([v for found in series.values() for runs in found.values() for run in runs.values() for v in run.values()])
+    finite = values[np.isfinite(values)]
+    edge = min(np.abs(finite).max(initial=1.0), 10 * limit)
+    with mpl.rc_context(STYLE):
+        figure, axes = _panels(series)
+        _symlog(axes[0], finite, edge)
+        for ax, (phase, found) in zip(axes, series.items()):
+            for setting, runs in found.items():
+                ends = {seed: step for (seed, name), (where, step) in stopped.items() if (name, where) == (setting, phase)}
+                _q_lines(ax, runs, ends, edge, *_line_style(settings.index(setting)))
+            _step_axis(ax, sorted({step for runs in found.values() for run in runs.values() for step in run}))
+            for sign in (1, -1):
+                if (sign * values > limit / 10).any():
+                    ax.axhline(sign * limit, color=INK, linewidth=0.8, linestyle=(0, (4, 2)))
+        axes[0].set_ylabel("mean Q-value")
+        marks = [Line2D([], [], color=INK, linestyle="", marker="X", markersize=6, markeredgewidth=0, label="stopped")] if stopped else []
+        if (np.abs(values) > limit / 10).any():
+            marks.append(Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (4, 2)), label=f"--max-q {limit:g}"))
+        _finish(figure, settings, title, marks)
+        _save(figure, path)
+
+
+def read(rows: Sequence[dict] | str | pathlib.Path) -> Sequence[dict]:
+    """The rows of a metrics.csv, whose path is given; rows as they are."""
     if isinstance(rows, str | pathlib.Path):
         with open(rows, newline="") as file:
-            rows = list(csv.DictReader(file))
-    series: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
-    for row in rows:
-        if row["metric"] in (metric, f"eval/{metric}"):
-            runs = series.setdefault(row["phase"], {}).setdefault(row.get("setting") or "", {})
-            runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row["value"])
-    if not series:
-        raise ValueError(f"no rows of {metric!r}; there are {', '.join(sorted({row['metric'] for row in rows})) or 'none at all'}")
-    phases = sorted(series, key=lambda phase: [*PHASES, phase].index(phase))
-    settings = list(dict.fromkeys(setting for phase in phases for setting in series[phase]))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(2.6 * len(phases) + 0.6, 3.6), 2.7), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08)  # inches: room for the last tick's label
-        axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
-        for ax, phase in zip(axes, phases):
-            _phase(ax, series[phase], settings)
-            ax.set(title=phase, xlabel=PHASES.get(phase, "steps"))
-        axes[0].set_ylabel(metric.removeprefix("eval/"))
-        if settings != [""]:
-            styles = [_line_style(i) for i in range(len(settings))]
-            handles = [Line2D([], [], color=color, linestyle=dash, linewidth=1.8) for color, dash in styles]
-            figure.legend(handles, [s or "default" for s in settings], loc="outside lower center", ncols=min(len(settings), 4))
-        if title:
-            figure.suptitle(title, fontsize=11)
-        _save(figure, path)
+            return list(csv.DictReader(file))
+    return rows
 
 
 def figure_2d(path: str | pathlib.Path, layout: dict, panels: Sequence[Panel]) -> None:
@@ -170,6 +198,45 @@ def framework(
         _save(figure, path)
 
 
+def _series(rows: Iterable[dict], metric: str) -> tuple[dict[str, dict[str, dict[int, dict[int, float]]]], list[str]]:
+    """(phase -> setting -> seed -> step -> value of `metric`, the phases in their order; all settings)."""
+    series: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
+    rows = list(rows)
+    for row in rows:
+        if row["metric"] in (metric, f"eval/{metric}"):
+            runs = series.setdefault(row["phase"], {}).setdefault(row.get("setting") or "", {})
+            runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row["value"])
+    if not series:
+        raise ValueError(f"no rows of {metric!r}; there are {', '.join(sorted({row['metric'] for row in rows})) or 'none at all'}")
+    phases = sorted(series, key=lambda phase: [*PHASES, phase].index(phase))
+    settings = list(dict.fromkeys(setting for phase in phases for setting in series[phase]))
+    return {phase: series[phase] for phase in phases}, settings
+
+
+def _panels(phases: Iterable[str]) -> tuple[Figure, Sequence[Axes]]:
+    """A row of axes, one per phase, over one range of values."""
+    phases = list(phases)
+    figure = Figure(figsize=(max(2.6 * len(phases) + 0.6, 3.6), 2.7), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)  # inches: room for the last tick's label
+    axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+    for ax, phase in zip(axes, phases):
+        ax.set(title=phase, xlabel=PHASES.get(phase, "steps"))
+    return figure, axes
+
+
+def _finish(figure: Figure, settings: list[str], title: str, marks: Sequence[Line2D] = ()) -> None:
+    """The title, and a legend where there is anything to tell apart."""
+    handles = []
+    if settings != [""]:
+        styles = [(*_line_style(i), setting or "default") for i, setting in enumerate(settings)]
+        handles = [Line2D([], [], color=color, linestyle=dash, linewidth=1.8, label=name) for color, dash, name in styles]
+    handles += marks
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+    if title:
+        figure.suptitle(title, fontsize=11)
+
+
 def _phase(ax: Axes, series: dict[str, dict[int, dict[int, float]]], settings: list[str]) -> None:
     """The curves of one phase: `series` maps setting -> seed -> step -> value."""
     steps = sorted({step for runs in series.values() for run in runs.values() for step in run})
@@ -178,11 +245,59 @@ def _phase(ax: Axes, series: dict[str, dict[int, dict[int, float]]], settings: l
         # Results of one single evaluation stand side by side, as dots with bars: there is no line to see, and no time to read off.
         shift = (i - (len(series) - 1) / 2) * 0.2 if len(steps) == 1 else None
         _curve(ax, runs, *_line_style(settings.index(setting)), max(0.12, 0.4 - 0.01 * lines), shift)
+    _step_axis(ax, steps)
+
+
+def _step_axis(ax: Axes, steps: Sequence[int]) -> None:
     if len(steps) == 1:
         ax.set(xlim=(steps[0] - 1, steps[0] + 1), xticks=steps)
     else:
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _until_stopped(rows: Iterable[dict], stopped: Mapping[tuple[int, str], tuple[str, int]]) -> Iterable[dict]:
+    """The rows of "q", those of a stopped run up to its end: what it logged later means nothing."""
+    over = set()
+    for row in rows:
+        run = int(row["seed"]), row.get("setting") or ""
+        if row["metric"] == "q" and run not in over:
+            yield row
+            if stopped.get(run) == (row["phase"], int(row["step"])):
+                over.add(run)
+
+
+def _q_lines(ax: Axes, runs: dict[int, dict[int, float]], ends: dict[int, int], edge: float, color: str, dash: str) -> None:
+    """One setting in one phase: a line per seed, cut off at +-`edge`, and the mean; `ends` maps stopped seeds to their last steps."""
+    steps = np.array(sorted({step for run in runs.values() for step in run}))
+    values = np.array([[run.get(step, np.nan) for step in steps] for run in runs.values()])
+    dot = {"marker": "o", "markersize": 5, "markeredgewidth": 0} if len(steps) == 1 else {}
+    for seed, run in zip(runs, np.clip(values, -edge, edge)):
+        known = ~np.isnan(run)
+        ax.plot(steps[known], run[known], color=color, linewidth=0.7, alpha=0.5, linestyle=dash, **dot)
+        if seed in ends:
+            last = run[steps == ends[seed]][0]
+            y, scale = (1.0, ax.get_xaxis_transform()) if np.isnan(last) else (last, ax.transData)
+            ax.plot(ends[seed], y, "X", color=INK, markersize=6, markeredgewidth=0, clip_on=False, zorder=5, transform=scale)
+    alive = np.array([[step != ends.get(seed) for step in steps] for seed in runs]) & np.isfinite(values)
+    there = alive.any(axis=0)
+    mean = np.where(alive, values, 0.0).sum(axis=0)[there] / alive.sum(axis=0)[there]
+    ax.plot(steps[there], mean, color=color, linewidth=1.8, linestyle=dash, zorder=3, **dot)
+
+
+def _symlog(ax: Axes, values: np.ndarray, edge: float) -> None:
+    """The values' axis: linear up to the power of ten beyond twice their median size, then logarithmic."""
+    linear = 10.0 ** math.ceil(math.log10(max(2 * np.median(np.abs(values)), 1.0))) if len(values) else 1.0
+    ax.set_yscale("symlog", linthresh=linear, linscale=2)
+    if edge <= linear:
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        decades = math.ceil(math.log10(edge / linear)) + 1
+        ticks = [linear * 10.0**k for k in range(0, decades + 1, -(-decades // 4))]
+        ax.yaxis.set_major_locator(FixedLocator([*(-t for t in ticks), 0.0, *ticks]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    thousands = EngFormatter(sep="")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: thousands(y) if abs(y) >= 1000 else f"{y:g}".replace("-", "\N{MINUS SIGN}")))
 
 
 def _curve(ax: Axes, runs: dict[int, dict[int, float]], color: str, dash: str, alpha: float, shift: float | None) -> None:

@@ -1,5 +1,6 @@
 """What a finished run leaves behind: a policy file per seed, learning curves, and maps of where a 2-D task was explored."""
 
+import re
 from typing import Any
 
 import jax
@@ -36,17 +37,17 @@ def save_policies(run: Run, actors: Any, phase: str, action_size: int) -> None:
 
 
 def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None, collected: int) -> dict:
-    """Draws `figures/`: learning curves, and for tasks with a `layout` the map of data, visits and paths (the paper's Figure 2).
+    """Draws `figures/`: learning curves, Q-values, and for tasks with a `layout` the map of data, visits and paths (the paper's Figure 2).
 
     `ring` [runs, capacity, ...] holds the `collected` online rows of each run; the paths come from `run.paths`, phase -> [runs, episodes,
     steps, 2]. Returns what the map shows in numbers, for result.json: crossings of each phase and the shortest path in the data.
     """
-    folder = run.folder / "figures"
+    folder, title, rows = run.folder / "figures", f"{run.method} on {run.task}", figures.read(run.folder / "metrics.csv")
     if run.phases:
         for metric in ("success", "return", "length"):
-            figures.learning_curves(
-                run.folder / "metrics.csv", folder / f"{metric}.png", metric=f"eval/{metric}", title=f"{run.method} on {run.task}"
-            )
+            figures.learning_curves(rows, folder / f"{metric}.png", metric=f"eval/{metric}", title=title)
+    if any(row["metric"] == "q" for row in rows):
+        figures.q_curves(rows, folder / "q.png", stops(run), run.args.max_q, title)
     if not hasattr(env, "layout"):
         return {}
     layout, panels = env.layout, []
@@ -84,6 +85,12 @@ def draw(run: Run, env: Any, offline: Transition | None, ring: Transition | None
     if not divided:
         return {}
     return {"crossings": crossed, "shortest_paths": [{"steps": s.steps, "side": s.side} if s else None for s in shortest]}
+
+
+def stops(run: Run) -> dict[tuple[int, str], tuple[str, int]]:
+    """(seed, setting) -> (phase, step) of the runs that were stopped, out of the reasons that `run.failed` keeps."""
+    where = {r: re.match(r"(.+), step (\d+): ", reason).groups() for r, reason in run.failed.items()}
+    return {tuple(run.labels[r]): (phase, int(step)) for r, (phase, step) in where.items()}
 
 
 def _shortest(offline: Transition | None, online: Transition, r: int, layout: dict) -> coverage.ShortestPath | None:

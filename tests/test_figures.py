@@ -1,6 +1,7 @@
 """Figures: written, of the promised size, and showing the data they were given; their looks are for people to judge."""
 
 import csv
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from data import figures, statistics
+from data import cli, figures, report, statistics
+from data.run import Run
 from envs.point_mass_wall import PointMassWall
 
 LAYOUT = PointMassWall().layout
@@ -35,6 +37,13 @@ def ink(path):
     return np.mean(image.min(axis=-1) < 0.95)
 
 
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures as they were saved, for a look inside."""
@@ -56,10 +65,7 @@ def test_learning_curves_show_the_statistics(tmp_path, drawn):
     rows = record(6, phases=("retrained", "offline"))
     rows.append({**rows[0], "value": 7.0})  # a run that was resumed writes the same step again
     rows.append({**rows[0], "seed": 9, "value": np.nan})
-    with (tmp_path / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(tmp_path / "metrics.csv", rows)
     figures.learning_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", metric="eval/return")
     left, right = drawn[0].axes
     assert (left.get_title(), right.get_title()) == ("offline", "retrained")
@@ -113,3 +119,97 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path):
     before = dict(mpl.rcParams)
     figures.figure_2d(tmp_path / "map.png", LAYOUT, panels(2))
     assert dict(mpl.rcParams) == before
+
+
+# --- Q-values ---
+
+
+def q_record(values):
+    """Rows of "q": `values` maps (phase, seed, setting) to its values at steps 100, 200 ..., in the order of time."""
+    rows = []
+    for phase in dict.fromkeys(phase for phase, *_ in values):
+        for i in range(max(len(v) for key, v in values.items() if key[0] == phase)):
+            for (where, seed, setting), run in values.items():
+                if where == phase and i < len(run):
+                    row = {"phase": phase, "step": 100 * (i + 1), "seed": seed, "setting": setting, "value": run[i]}
+                    rows += [{**row, "metric": "critic_loss", "value": 1.0}, {**row, "metric": "q"}]
+    return rows
+
+
+def thick(ax):
+    return [line for line in ax.lines if line.get_linewidth() == 1.8]
+
+
+def crosses(ax):
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "X"]
+
+
+def test_q_of_a_healthy_run_is_its_seeds_and_their_mean(tmp_path, drawn):
+    rows = q_record({("offline", 0, ""): [10, 20, 30], ("offline", 1, ""): [20, 30, 50], ("online", 0, ""): [40], ("online", 1, ""): [60]})
+    figures.q_curves(rows, tmp_path / "new" / "q.png", limit=1e5, title="title")
+    assert ink(tmp_path / "new" / "q.png") > 0.01
+    left, right = drawn[0].axes
+    assert (left.get_title(), right.get_title(), left.get_yscale()) == ("offline", "online", "symlog")
+    (mean,) = thick(left)
+    np.testing.assert_allclose(mean.get_ydata(), [15, 25, 40])
+    assert sorted(tuple(line.get_ydata()) for line in left.lines if line is not mean) == [(10, 20, 30), (20, 30, 50)]
+    assert thick(right)[0].get_ydata() == [50] and not crosses(left) and not drawn[0].legends
+    assert left.yaxis.get_transform().linthresh == 100  # most of it lies in the linear part
+
+
+def test_a_diverged_seed_ends_in_a_cross_and_leaves_the_mean(tmp_path, drawn):
+    first, later = [-10, -11, -12, -13], [-14, -15]
+    values = {("offline", 0, ""): first, ("offline", 1, ""): [-10, -5e3, -2e7, np.nan], ("offline", 2, ""): [-10, -10, np.nan, np.nan]}
+    values |= {("online", 0, ""): later, ("online", 1, ""): [np.nan, -1e30], ("online", 2, ""): later}
+    stopped = {(1, ""): ("offline", 300), (2, ""): ("offline", 300)}
+    figures.q_curves(q_record(values), tmp_path / "q.png", stopped, 1e5)
+    left, right = drawn[0].axes
+    np.testing.assert_allclose(thick(left)[0].get_ydata(), [-10, -5021 / 3, -12, -13])
+    assert crosses(left) == [(300, -1e6), (300, 1.0)]  # ten times the limit; the upper edge, in parts of the axes
+    assert not crosses(right)
+    np.testing.assert_allclose(thick(right)[0].get_ydata(), later)  # what a stopped run logs later is not drawn
+    assert [tuple(line.get_ydata()) for line in left.lines if line.get_linestyle() == "--"] == [(-1e5, -1e5)]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["stopped", "--max-q 100000"]
+    low, high = left.get_ylim()
+    assert -1e7 < low < -1e6 and high < 1e3
+
+
+@pytest.mark.parametrize("top, limit, lines", [(900.0, 1e4, 0), (1_100.0, 1e4, 1), (1_100.0, np.inf, 0), (-1_100.0, 1e4, 1)])
+def test_the_limit_is_drawn_where_the_values_come_near_it(tmp_path, drawn, top, limit, lines):
+    figures.q_curves(q_record({("retrained", 0, ""): [1, top]}), tmp_path / "q.png", limit=limit)
+    found = [line.get_ydata()[0] for line in drawn[0].axes[0].lines if line.get_linestyle() == "--"]
+    assert found == [np.sign(top) * limit] * lines and len(drawn[0].legends) == lines
+
+
+def test_q_of_settings_and_of_no_values_at_all(tmp_path, drawn):
+    settings = {("online", seed, f"discount={d}"): [d * 10 + seed, d * 20, d * 1e9] for seed in (0, 1) for d in (0.9, 1.0)}
+    figures.q_curves(q_record(settings), tmp_path / "q.png", {(1, "discount=1.0"): ("online", 200)})
+    (ax,) = drawn[0].axes
+    means = {line.get_color(): line.get_ydata() for line in thick(ax)}
+    np.testing.assert_allclose(means[figures.COLORS[0]], [9.5, 18, 0.9e9])
+    np.testing.assert_allclose(means[figures.COLORS[1]], [10.5, 20, 1e9])
+    assert crosses(ax) == [(200, 20)]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["discount=0.9", "discount=1.0", "stopped"]
+    figures.q_curves(q_record({("online", 0, ""): [np.nan]}), tmp_path / "nan.png", {(0, ""): ("online", 100)})
+    assert crosses(drawn[1].axes[0]) == [(100, 1.0)]
+    with pytest.raises(ValueError, match="no rows of 'q'"):
+        figures.q_curves(record(1), tmp_path / "q.png")
+
+
+def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, drawn):
+    """`report` reads phase and step out of the words of `Run.find_broken`."""
+    labels = [cli.RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]
+    args = SimpleNamespace(max_q=100.0)
+    run = SimpleNamespace(folder=tmp_path, method="iql", task="it", labels=labels, args=args, failed={}, phases={}, paths={})
+    chunk = cli.Chunk("retrained@160", 100, 100, True, True, True, True, 0)
+    metrics = {"q": np.array([5.0, -500.0, np.nan, 7.0]), "nonfinite_at": np.array([-1, -1, 20, -1])}
+    assert Run.find_broken(run, chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
+    assert report.stops(run) == {(4, "discount=0.9"): ("retrained@160", 200), (3, "discount=0.99"): ("retrained@160", 200)}
+    rows = q_record({(p, *label): [5, q] for p in ("offline", "retrained@160") for label, q in zip(labels, metrics["q"])})
+    for name, kept in (("with", rows), ("without", [row for row in rows if row["metric"] != "q"])):
+        run.folder = tmp_path / name
+        run.folder.mkdir()
+        write(run.folder / "metrics.csv", kept)
+        assert report.draw(run, None, None, None, 0) == {}
+        assert (run.folder / "figures" / "q.png").exists() == (name == "with")
+    assert [len(crosses(ax)) for ax in drawn[0].axes] == [0, 2]

@@ -30,7 +30,8 @@ def make(block=BLOCK, layer_norm=True, critics=CRITICS, subset=SUBSET, script=rl
     agent = script.init_agent(nets, OBS, 0.3, jax.random.PRNGKey(0))
     # A target that differs from its critics, and biases that are not zero, so that a mix-up shows.
     shift = lambda tree, k: jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.PRNGKey(k), x.shape), tree)  # noqa: E731
-    agent = agent.replace(critic=shift(agent.critic, 0), target_critic=shift(agent.critic, 1), actor=shift(agent.actor, 3))
+    small = jax.tree.map(lambda x: 0.5 * x, agent.actor)  # so that no action is so near to 1 that NumPy loses its log density
+    agent = agent.replace(critic=shift(agent.critic, 0), target_critic=shift(agent.critic, 1), actor=shift(small, 3))
     rng = np.random.default_rng(0)
     rows = (block, BATCH)
     batches = Transition(
