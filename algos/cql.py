@@ -161,7 +161,8 @@ HAND = {
 SETTINGS = {
     "point-mass-wall": {
         "hidden": (64, 64), "critic_hidden": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3, "target_rate": 0.02,
-        "offline_steps": 6_000, "online_steps": 480_000, "num_envs": 48, "utd_ratio": 1 / 48, "num_samples": 4, "cql_weight": 1.0,
+        "offline_steps": 6_000, "online_steps": 480_000, "num_envs": 48, "utd_ratio": 1 / 48, "num_samples": 4, "max_target_backup": True,
+        "cql_weight": 10.0, "entropy_per_action": -2.0,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
     "probe": {"hidden": (32, 32), "critic_hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000, "num_samples": 4},

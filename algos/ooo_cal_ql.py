@@ -198,6 +198,7 @@ SETTINGS = {
     "point-mass-wall": {
         "hidden": (64, 64), "critic_hidden": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3, "target_rate": 0.02,
         "offline_steps": 5_000, "online_steps": 960_000, "num_envs": 48, "utd_ratio": 1 / 48, "num_samples": 4, "retrain_steps": 12_000,
+        "cql_weight": 10.0, "entropy_per_action": -2.0, "upsample": 8 / 256,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
     "probe": {"hidden": (32, 32), "critic_hidden": (32, 32), "offline_steps": 0, "online_steps": 8_000, "retrain_steps": 1_000},

@@ -127,6 +127,7 @@ def test_returns_are_written_when_an_episode_ends(mode, slots):
     raw = np.float32(rng.normal(size=(length, worlds)))
     flags = {kind: np.float32([[ends[e][t] == kind for e in range(worlds)] for t in range(length)]) for kind in ("termination", "broken")}
     flags["truncation"] = np.float32([[ends[e][t] in ("truncation", "broken") for e in range(worlds)] for t in range(length)])
+    raw -= 5 * flags["broken"]  # what a broken step is said to have earned must not count as the least reward
     args = dataclasses.replace(cal_ql.Args(), mc_bootstrap=mode, num_envs=worlds)
     hyper = cal_ql.Hyper(discount=gamma, reward_scale=2.0, reward_bias=-0.5)
 
