@@ -8,7 +8,9 @@ that is handed over. Both are soft actor-critics here, and the first is RLPD (rl
             alpha to each critic step, with its Q-values held inside what the data's rewards allow, and rare successes up-sampled.
 
 The explorer alone is RLPD + RND: --retrain-steps 0, the same as rlpd.py --intrinsic rnd.
-TODO
+Departures. The official code (MaxSobolMark/OOO b1424a2) retrains plain SAC, here `--retrainer sac`, bounds no Q unless asked, and
+adds up-sampled rows to its batches instead of replacing some; the paper's text speaks of pessimism. RND as in rlpd.py.
+
     python algos/ooo_rlpd.py
 """
 
