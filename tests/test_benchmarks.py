@@ -1,9 +1,14 @@
 """The scripts in tests/benchmarks run, and count what they say they count."""
 
+import importlib
 import json
 import pathlib
 import subprocess
 import sys
+
+import jax
+import numpy as np
+import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 
@@ -21,3 +26,76 @@ def test_physics_measures_every_contestant_and_replays_the_same_simulation(tmp_p
     for who in ("ours", "batch", "rollout", "gymnasium"):
         assert row[who]["best"] >= row[who]["median"] > 0, row[who]
         assert row[who]["note"] == ""
+
+
+# --- all methods ---
+
+
+def test_methods_are_measured_in_every_phase(tmp_path):
+    out = tmp_path / "out.json"
+    flags = "--methods iql --seeds 1 --hidden 8 --updates 16 --seconds 0.01 --repeats 2 --json"
+    command = [sys.executable, BENCHMARKS / "methods.py", *flags.split(), out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [(row["method"], row["phase"], row["hidden"], row["seeds"]) for row in result["rows"]] == [
+        ("iql", "offline", 8, 1), ("iql", "online", 8, 1),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        ours, theirs = row["seed_updates_per_second"], row["usual_seed_updates_per_second"]
+        assert len(ours["all"]) == len(theirs["all"]) == 2 and ours["best"] >= ours["median"] > 0 and theirs["best"] > 0
+        assert row["ratio"] == ours["best"] / theirs["best"] and f"{row['ratio']:.2f}" in done.stdout
+        assert row["compile_seconds"] > 0.3 and row["compile_cpu_seconds"] > 0.3  # nothing came out of a cache
+    assert result["machine"]["jax"] == jax.__version__ and result["settings"]["updates"] == 16 and not list(tmp_path.glob("runs"))
+
+
+@pytest.fixture(scope="module")
+def methods():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("methods")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(methods):
+    """The phases of IQL for two seeds, in chunks of 16 updates."""
+    return methods.rehearse(importlib.import_module("algos.iql"), methods.Args(updates=32), 8, 2)
+
+
+@pytest.mark.parametrize("phase", ["offline", "online"])
+def test_the_usual_way_does_the_same_work_as_ours(methods, rehearsed, phase):
+    """One chunk of ours is as many of its steps: the first seed ends in the same state."""
+    ours, usual = rehearsed[phase], methods.Usual(rehearsed[phase])
+    state, metrics = ours.program(jax.tree.map(np.copy, ours.start), *ours.rest, **ours.static)
+    other, _ = usual.run(ours.static["length"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-4), state, other)
+    assert ours.static == {"length": 16} and metrics["q"].shape == (2,)
+    moved = [np.abs(np.float64(new) - old).max() for new, old in zip(jax.tree.leaves(state.agent), jax.tree.leaves(ours.start.agent))]
+    assert max(moved) > 1e-3
+
+
+def test_a_rate_counts_the_updates_of_all_seeds(methods, rehearsed, monkeypatch):
+    """By a clock that ticks once per look: the loops look once before each call, once to begin and once at the end."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(methods.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(methods.Usual, "run", lambda self, calls, *_: (None, {"nonfinite_at": -1}))
+    ours = rehearsed["online"]
+    monkeypatch.setattr(ours, "program", lambda state, *_, **__: (state, {"nonfinite_at": np.full(2, -1)}))
+    assert ours.measure(4.0) == pytest.approx(3 * 16 * 2 / 4)
+    usual = methods.Usual.__new__(methods.Usual)
+    usual.phase = ours
+    assert usual.measure(4.0) == pytest.approx(3 * 64 / 4)
+    assert [int(x) for x in ours.arguments(16) if np.ndim(x) == 0 and isinstance(x, np.integer)] == [16 * 8]
+
+
+def test_a_phase_that_only_waits_is_no_phase_to_measure(rehearsed, monkeypatch):
+    rehearsed["online"].check_that_it_learns()
+    monkeypatch.setattr(rehearsed["online"], "program", lambda state, *_, **__: (state, {}))
+    with pytest.raises(RuntimeError, match="iql, online makes no update in 16 steps"):
+        rehearsed["online"].check_that_it_learns()
+
+
+def test_which_methods_take_many_updates_per_step(methods):
+    found = {name for name in methods.METHODS if methods.takes_many(importlib.import_module(f"algos.{name}"))}
+    assert {"iql", "ooo_iql", "sac"} <= set(methods.METHODS) - found
+    assert ("rlpd" in found) == ("rlpd" in methods.METHODS)
