@@ -10,9 +10,10 @@ and it and all targets move at every `--policy-every`-th step only. It is here a
 
 Departures. What OOO's code (MaxSobolMark/OOO b1424a2) calls TD3 is another method, here `--variant code`: a Gaussian squashed by
 tanh, its deviation independent of the state, no entropy term; a' is drawn from the policy itself, with no target policy and no
-target noise; no delay; the policy climbs the mean of both critics. (Its V, which nothing reads, is left out.) OOO's tables come
-from that code; its paper says TD3, so that is the default. Where paper and code of TD3 (sfujim/TD3 34770cc) differ (networks,
-batches, Adam, 25,000 random steps), settings are the code's; networks start orthogonal, as in OOO's; several environments act at once.
+target noise; no delay; the policy climbs the mean of both critics. (Its V, which nothing reads, is left out.) OOO's numbers
+presumably come from it; its paper says TD3, so that is the default. Where paper and code of TD3 (sfujim/TD3 34770cc) differ
+(networks, batches, Adam, 25,000 random steps), settings are the code's; networks start orthogonal, as in OOO's; several
+environments act at once (`--num-envs`).
 
     python algos/td3.py
 """
@@ -255,7 +256,7 @@ def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None, n
 
 
 def target_action(nets, hyper, agent, next_obs, key):
-    """a': the target policy's action with clipped noise, TD3, equation (14). In the code's variant a sample of the policy."""
+    """a': the target policy's action with clipped noise, TD3, algorithm 1. In the code's variant a sample of the policy."""
     if nets.actor.gaussian:
         return act(nets, agent.actor, next_obs, key)
     return act(nets, agent.target_actor, next_obs, key, hyper.target_noise, hyper.target_noise_clip)
