@@ -23,33 +23,42 @@ from data import figures, statistics
 
 REPO = pathlib.Path(__file__).parents[2]
 NAMES = {  # run -> (script, flags beyond the task's, what its phases are called in the table)
-    "iql": ("iql", "", {"offline": "IQL, offline", "online": "IQL"}),
-    "ooo_iql": ("ooo_iql", "--retrain-steps RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
-    "pex": ("pex", "", {"online": "PEX"}),
+    "iql": ("iql", "IQL", {"offline": "IQL, offline", "online": "IQL"}),
+    "ooo_iql": ("ooo_iql", "IQL RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
+    "pex": ("pex", "IQL", {"online": "PEX"}),
     "cql": ("cql", "CQL", {"offline": "CQL, offline", "online": "CQL"}),
-    "sac_ft": ("sac", "--pretrained CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
+    "sac_ft": ("sac", "SAC --pretrained CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
     "cal_ql": ("cal_ql", "CQL", {"offline": "Cal-QL, offline", "online": "Cal-QL"}),
-    "ooo_cal_ql": ("ooo_cal_ql", "CQL --retrain-steps RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
+    "ooo_cal_ql": ("ooo_cal_ql", "CQL RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
     "rlpd": ("rlpd", "RLPD", {"online": "RLPD"}),
-    "ooo_rlpd": ("ooo_rlpd", "RLPD --retrain-steps RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
-    "td3": ("td3", "--offline-steps 0 --intrinsic rnd --retrain-steps RETRAIN", {"online": "TD3 + RND", "retrained": "TD3 retraining"}),
+    "ooo_rlpd": ("ooo_rlpd", "RLPD RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
+    "td3": ("td3", "TD3 --intrinsic rnd RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
     # ablations of OOO(IQL)
-    "frozen_bonus": ("ooo_iql", "--retrain-steps RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
-    "no_upsampling": ("ooo_iql", "--retrain-steps RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
-    "no_bounds": ("ooo_iql", "--retrain-steps RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
-    "warm_start": ("ooo_iql", "--retrain-steps RETRAIN --retrain-at HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
-    "sync": ("ooo_iql", "--retrain-steps RETRAIN --retrain-at HALVES --sync-explorer", {"online": "explorer, synchronised (Fig. 14)",
+    "frozen_bonus": ("ooo_iql", "IQL RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
+    "no_upsampling": ("ooo_iql", "IQL RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
+    "no_bounds": ("ooo_iql", "IQL RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
+    "warm_start": ("ooo_iql", "IQL RETRAIN HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
+    "sync": ("ooo_iql", "IQL RETRAIN HALVES --sync-explorer", {"online": "explorer, synchronised (Fig. 14)",
              "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
 }  # fmt: skip
 BUDGETS = {  # task -> flags of every method, and what the words in capitals of NAMES stand for there
     "point-mass-wall": {
-        "all": "--online-steps 960000 --num-envs 48 --utd-ratio 0.020833333333333332",
-        "RETRAIN": "24000", "HALVES": "480000 960000", "CQL": "", "RLPD": "",
+        "all": "--online-steps 960000 --num-envs 48",
+        "RETRAIN": "--retrain-steps 24000",
+        "HALVES": "--retrain-at 480000 960000",
+        "IQL": "", "CQL": "", "SAC": "",
+        "RLPD": "--utd-ratio 0.08333333333333333",
+        "TD3": "--utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
-        "all": "--hidden 128 128 --online-steps 400000 --num-envs 32 --utd-ratio 0.0625",
-        "offline": "--offline-steps 10000",
-        "RETRAIN": "50000", "HALVES": "200000 400000", "CQL": "", "RLPD": "",
+        "all": "--online-steps 400000 --num-envs 32 --utd-ratio 0.0625 --hidden 128 128",
+        "RETRAIN": "--retrain-steps 50000",
+        "HALVES": "--retrain-at 200000 400000",
+        "IQL": "--offline-steps 10000",
+        "CQL": "--offline-steps 10000 --critic-hidden 128 128 --num-samples 4",
+        "SAC": "--critic-hidden 128 128",
+        "RLPD": "--critic-hidden 128 128 --policy-every 1",
+        "TD3": "--critic-hidden 128 128",
     },
 }  # fmt: skip
 
@@ -79,12 +88,9 @@ def folder_of(args: Args, run: str) -> pathlib.Path:
 def command(args: Args, run: str) -> list[str]:
     """The command line of one run."""
     script, flags, _ = NAMES[run]
-    budget = BUDGETS[args.task]
-    words = f"{budget['all']} {budget.get('offline', '') if '--offline-steps' not in flags else ''} {flags}".split()
-    stand_for = {**budget, "CQL_RUN": str(folder_of(args, "cql"))}
-    words = [w for word in words for w in (stand_for.get(word, word).split() if word.isupper() else [word])]
-    own = budget.get(run, "").split()
-    return [str(REPO / f"algos/{script}.py"), "--env", args.task, "--num-seeds", str(args.seeds), *words, *own,
+    stand_for = {**BUDGETS[args.task], "CQL_RUN": str(folder_of(args, "cql"))}
+    words = [w for word in f"all {flags}".split() for w in stand_for.get(word, word).split()]
+    return [str(REPO / f"algos/{script}.py"), "--env", args.task, "--num-seeds", str(args.seeds), *words,
             "--runs-dir", str(args.runs_dir), "--name", f"table-{run}"]  # fmt: skip
 
 
