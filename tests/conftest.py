@@ -3,6 +3,10 @@
 import os
 import pathlib
 
+# Before JAX starts. Tests compile much and compute little, so LLVM need not optimise; two of them share an accelerator's memory.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import pytest
 
