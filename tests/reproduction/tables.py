@@ -3,10 +3,10 @@
     python tests/reproduction/tables.py --task point-mass-wall --out comparison
     python tests/reproduction/tables.py --task maze2d-large-missing-data --methods iql ooo_iql td3 --seeds 5
 
-Each method is one run of its script, with the flags of `BUDGETS` here and its own settings for the rest. An OOO run gives two rows: its
-explorer is the base method with the bonus, its exploiter is OOO. What is finished is not run again, and what was interrupted is resumed;
-so this can be called again and again. Writes `<out>/<task>.md`, and figures of the bonus (Figure 3, left), of Q-values in retraining
-(Figure 5c) and of success.
+Each method is one run of its script, with the flags of `BUDGETS` here, alike within a family, and its own settings for the rest. An
+OOO run gives two rows: its explorer is the base method with the bonus, its exploiter is OOO. What is finished is not run again, and what
+was interrupted is resumed; so this can be called again and again. Writes `<out>/<task>.md`, and figures of the bonus (Figure 3, left), of
+Q-values in retraining (Figure 5c) and of success.
 """
 
 import json
@@ -43,12 +43,14 @@ NAMES = {  # run -> (script, flags beyond the task's, what its phases are called
 }  # fmt: skip
 BUDGETS = {  # task -> flags of every method, and what the words in capitals of NAMES stand for there
     "point-mass-wall": {
-        "all": "--online-steps 960000 --num-envs 48",
+        "all": "--num-envs 48",
         "RETRAIN": "--retrain-steps 24000",
-        "HALVES": "--retrain-at 480000 960000",
-        "IQL": "", "CQL": "", "SAC": "",
-        "RLPD": "--utd-ratio 0.08333333333333333",
-        "TD3": "--utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
+        "HALVES": "--retrain-at 1440000 2880000",
+        "IQL": "--online-steps 2880000",
+        "CQL": "--online-steps 960000",
+        "SAC": "--online-steps 960000",
+        "RLPD": "--online-steps 960000 --utd-ratio 0.08333333333333333",
+        "TD3": "--online-steps 960000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
         "all": "--online-steps 400000 --num-envs 32 --utd-ratio 0.0625 --hidden 128 128",
