@@ -49,7 +49,7 @@ BUDGETS = {  # task -> flags of every method, and what the words in capitals of 
         "IQL": "--online-steps 2880000",
         "CQL": "--online-steps 960000",
         "SAC": "--online-steps 960000",
-        "RLPD": "--online-steps 960000 --utd-ratio 0.08333333333333333",
+        "RLPD": "--online-steps 480000 --utd-ratio 0.08333333333333333",
         "TD3": "--online-steps 960000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
