@@ -2,8 +2,10 @@
 
     python data/generate.py maze2d-large --transitions 1000000
     python data/generate.py hopper-medium --policy hopper_medium.npz --transitions 200000
+    python data/generate.py door-cloned --demonstrations door_human_original.npz
 
-`data/collect.py` has the behaviours. How a dataset was made goes into its metadata, with seed, versions and behaviour policy.
+`data/collect.py` and `data/hands.py` have the behaviours. How a dataset was made goes into its metadata, with seed, versions and
+behaviour policy.
 """
 
 import difflib
@@ -17,9 +19,10 @@ from typing import Annotated
 import tyro
 
 import envs
-from data import cli, collect, datasets, policy
+from data import cli, collect, datasets, hands, policy
 
 BODIES = ("halfcheetah", "hopper", "walker2d", "ant")
+HANDS = {"door": 1_000_000, "hammer": 1_000_000, "pen": 500_000, "relocate": 1_000_000}  # rows of D4RL's expert and cloned data
 NUM_POLICIES = {"random": 0, "medium": 1, "expert": 1, "medium-expert": 2}  # `--policy` files that a locomotion dataset takes
 
 
@@ -29,10 +32,11 @@ class Recipe:
 
     env: str
     episodes: Callable[..., list[dict]]  # (environment, transitions, seed, policies) -> episodes
-    transitions: int  # 0: the paper's 100 episodes
+    transitions: int  # 0: the paper's 100 episodes, or all demonstrations
     description: str
     num_policies: int = 0
     recipe: str = ""
+    demonstrations: str = ""  # "file": they must be recorded ones; "any": successful episodes of a --policy may stand in
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -70,19 +74,41 @@ def _recipes() -> dict[str, Recipe]:
         "antmaze-large-diverse with the goal cut out (OOO)",
         recipe=f"disc {collect.GOAL_MISSING}",
     )
+    return found | _hand_recipes()
+
+
+def _hand_recipes() -> dict[str, Recipe]:
+    found = {}
+    for task, rows in HANDS.items():
+        found[f"ooo/{task}/human-v0"] = Recipe(task, hands.human, 0, "Human demonstrations, replayed", demonstrations="file")
+        found[f"ooo/{task}/expert-v0"] = Recipe(task, collect.play, rows, "Sampled actions of an expert policy (D4RL)", 1)
+        found[f"ooo/{task}/cloned-v0"] = Recipe(
+            task, hands.cloned, rows, "Half roll-outs of a policy cloned from demonstrations, half these, repeated (D4RL)",
+            demonstrations="any",
+        )  # fmt: skip
+        if task != "hammer":
+            found[f"ooo/{task}-binary/mixed-v0"] = Recipe(
+                f"{task}-binary", hands.mixed, 500 * hands.CLONED_STEPS,
+                "Demonstrations, and 500 roll-outs of a policy cloned from them (AWAC, OOO)", demonstrations="any",
+            )  # fmt: skip
+    found["ooo/hammer-truncated-expert/expert-v0"] = Recipe(
+        "hammer-truncated-expert", hands.truncated, 5_000 * hands.TRUNCATED_STEPS, "The first 20 steps of 5,000 expert episodes (OOO)", 1
+    )
     return found
 
 
 RECIPES = _recipes()
 GENERATED = {  # these are made on first use: no policy is needed, and none has to be trained
-    name: recipe for name, recipe in RECIPES.items() if not recipe.num_policies and recipe.episodes is not collect.replay
+    name: recipe
+    for name, recipe in RECIPES.items()
+    if not recipe.num_policies and not recipe.demonstrations and recipe.episodes is not collect.replay
 }
 
 
 def own_id(name: str) -> str:
     """Our id for `name`: an id of ours itself, or a short name such as `hopper-medium`, `maze2d-large` or `antmaze-large-play`."""
     short = {key.removeprefix("ooo/").removesuffix("-v0").replace("/", "-"): key for key in RECIPES}
-    short |= {recipe.env: key for key, recipe in RECIPES.items() if recipe.env not in BODIES}
+    short |= {recipe.env: key for key, recipe in RECIPES.items() if recipe.env not in (*BODIES, *HANDS)}
     if name in RECIPES or name in short:
         return short.get(name, name)
     near = difflib.get_close_matches(name, [*short, *RECIPES], n=3) or list(RECIPES)
@@ -90,7 +116,8 @@ def own_id(name: str) -> str:
 
 
 def make(
-    name: str, dataset_id: str = "", transitions: int = 0, seed: int = 0, policies: tuple[str, ...] = (), physics: str = "auto"
+    name: str, dataset_id: str = "", transitions: int = 0, seed: int = 0, policies: tuple[str, ...] = (), physics: str = "auto",
+    demonstrations: str = "",
 ) -> None:  # fmt: skip
     """Generates the dataset `name` (an id of ours) and writes it under `dataset_id`, or `name`; whole or not at all."""
     chosen = RECIPES[name]
@@ -105,7 +132,8 @@ def make(
                 f"--policy {path}: takes {policy.policy_sizes(actor)[0]} observations and gives {policy.policy_sizes(actor)[1]} actions; "
                 f"{name} needs {expected[0]} and {expected[1]}"
             )
-    episodes = chosen.episodes(env, transitions or chosen.transitions, seed, loaded)
+    sources = [hands.load_demonstrations(demonstrations, env)] if demonstrations else loaded
+    episodes = chosen.episodes(env, transitions or chosen.transitions, seed, sources)
     behaviour = [
         f"{path.name} ({', '.join(str(actor[k]) for k in ('algo', 'source') if k in actor)})"
         for path, actor in zip(map(pathlib.Path, policies), loaded)
@@ -115,6 +143,11 @@ def make(
         "seed": seed, "transitions": sum(len(e["rewards"]) for e in episodes), "behaviour": behaviour or "built in",
         "versions": {package: version(package) for package in ("jax", "mujoco", "gymnasium", "brax")},
     }  # fmt: skip
+    if chosen.demonstrations:
+        recipe["demonstrations"] = (
+            f"{len(sources[0].actions)} recorded ones, {pathlib.Path(demonstrations).name}" if demonstrations
+            else f"{hands.STAND_INS} successful episodes of the policy stand in for human ones"
+        )  # fmt: skip
     datasets.write_minari(dataset_id or name, episodes, description=chosen.description, recipe=recipe)
 
 
@@ -128,6 +161,8 @@ class Args:
     """rows before any are cut out; 0: D4RL's number"""
     policy: tuple[str, ...] = ()
     """behaviour policies (.npz): one for medium and expert, two for medium-expert; a walker (optional) for antmaze"""
+    demonstrations: str = ""
+    """recorded demonstrations (.npz) of a hand; without them, successful episodes of the --policy stand in"""
     id: str = ""
     """write it under this id instead"""
     seed: int = 0
@@ -136,18 +171,31 @@ class Args:
     """engine, for bodies that have one"""
 
 
+def check_sources(name: str, args: Args) -> None:
+    """A UsageError unless the dataset `name` gets the policies and demonstrations that it is made of."""
+    recipe, given = RECIPES[name], len(args.policy)
+    if recipe.demonstrations == "file" and (given or not args.demonstrations):
+        raise cli.UsageError(f"{name} is made of --demonstrations FILE, recorded ones, and of nothing else")
+    if recipe.demonstrations == "any" and (given, bool(args.demonstrations)) not in ((1, False), (0, True)):
+        raise cli.UsageError(f"{name} takes either --demonstrations FILE, or one --policy of which successful episodes stand in for them")
+    if recipe.demonstrations:
+        return
+    if args.demonstrations:
+        raise cli.UsageError(f"{name} is not made of demonstrations; drop --demonstrations")
+    needed = recipe.num_policies
+    if given != needed and not (recipe.env.startswith("antmaze") and given == 1):
+        hint = "; data/behaviour.py trains one" if needed else ""
+        raise cli.UsageError(f"{name} takes {needed} --policy files, not {given}{hint}")
+
+
 def main() -> None:
     args = tyro.cli(Args)
     name = own_id(args.dataset)
-    recipe = RECIPES[name]
-    needed = recipe.num_policies
-    if len(args.policy) != needed and not (recipe.env.startswith("antmaze") and len(args.policy) == 1):
-        hint = "; data/behaviour.py trains one" if needed else ""
-        raise cli.UsageError(f"{name} takes {needed} --policy files, not {len(args.policy)}{hint}")
+    check_sources(name, args)
     if args.transitions < 0 or args.seed < 0:
         raise cli.UsageError(f"--transitions and --seed must be at least 0, not {args.transitions} and {args.seed}")
     try:
-        make(name, args.id, args.transitions, args.seed, args.policy, args.physics)
+        make(name, args.id, args.transitions, args.seed, args.policy, args.physics, args.demonstrations)
     except datasets.DatasetError:
         raise
     except ValueError as error:

@@ -14,6 +14,8 @@ action_low, action_high                   bounds; the last two are clipped to th
 anything else                             strings that say where the policy is from
 ========================================  ====================================================================
 
+`load` also takes the four policies of hand_dapg in their own keys (`fc0_w` ... `out_scale`, `log_std`, matrices [out, in]).
+
     python data/policy.py --policy policy.npz --env-id AdroitHandDoor-v1 --episodes 10
 """
 
@@ -31,6 +33,7 @@ Policy = dict[str, np.ndarray]
 ACTIVATIONS = {"relu": lambda x, xp: xp.maximum(x, 0), "tanh": lambda x, xp: xp.tanh(x), "none": lambda x, xp: x}
 OUTPUTS = ("tanh", "clip", "tanh_mean")
 REQUIRED = ("obs_mean", "obs_std", "obs_clip", "num_layers", "hidden_activation", "output_activation", "action_low", "action_high")
+DAPG = ("fc0_w", "fc0_b", "fc1_w", "fc1_b", "out_w", "out_b", "in_shift", "in_scale", "out_shift", "out_scale", "log_std")
 NOISE_HEAD = ("wS", "bS")
 NOISE_BOUNDS = ("log_std_min", "log_std_max")
 NOT_PROVENANCE = {
@@ -140,8 +143,24 @@ def load(path: str | os.PathLike) -> Policy:
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         # A pickle, a lone array (.npy), a torn archive: numpy has another exception for each.
         raise ValueError(f"{path}: not an .npz file of plain arrays ({type(error).__name__})") from error
+    if set(DAPG) <= set(policy):
+        policy = _from_dapg(policy)
     _check(policy, path)
     return policy
+
+
+def _from_dapg(file: Policy) -> Policy:
+    """A policy of hand_dapg: two tanh layers between a shift and scale of observations and of the mean, noise of constant spread."""
+    layers = [(file[f"{name}_w"].T, file[f"{name}_b"]) for name in ("fc0", "fc1", "out")]
+    (w, b), scale = layers.pop(), file["out_scale"]
+    layers.append((w * scale, b * scale + file["out_shift"]))
+    arrays = {f"{name}{i}": array for i, layer in enumerate(layers) for name, array in zip("wb", layer)}
+    # The source divides by scale + 1e-8.
+    numbers = {"obs_mean": file["in_shift"], "obs_std": file["in_scale"] + 1e-8, "obs_clip": [np.inf], "log_std": file["log_std"]}
+    sides = {"action_low": -np.ones(len(b)), "action_high": np.ones(len(b))}
+    policy = {name: np.asarray(array, np.float32) for name, array in {**numbers, **arrays, **sides}.items()}
+    words = {"hidden_activation": "tanh", "output_activation": "clip", "algo": "DAPG", "source": "aravindr93/hand_dapg 9a1de23"}
+    return {**policy, "num_layers": np.int32(3), **{name: np.asarray(word) for name, word in words.items()}}
 
 
 def _check(policy: Policy, path: str | os.PathLike) -> None:

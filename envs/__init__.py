@@ -3,7 +3,7 @@
 import difflib
 from functools import partial
 
-from envs import antmaze, locomotion, maze2d, probes
+from envs import adroit, antmaze, locomotion, maze2d, probes
 from envs.base import Env, State, Task, step_and_reset, tally
 from envs.physics import ENGINES
 from envs.point_mass_wall import PointMassWall
@@ -27,6 +27,7 @@ _ANTMAZES = {  # the names tell datasets apart; environments differ by maze alon
     "medium": ("medium-play", "medium-diverse"),
     "large": ("large-play", "large-diverse", "large-goal-missing"),
 }
+_BINARY = {"door": adroit.Door, "pen": adroit.Pen, "relocate": adroit.Relocate}
 _BODIES = {  # models of MuJoCo: one of several engines moves them
     "halfcheetah": locomotion.HalfCheetah,
     "halfcheetah-sparse": locomotion.HalfCheetahSparse,
@@ -38,6 +39,13 @@ _BODIES = {  # models of MuJoCo: one of several engines moves them
     **{f"antmaze-{name}": partial(antmaze.AntMaze, maze) for maze, own in _ANTMAZES.items() for name in own},
     **{f"antmaze-{name}-v0": partial(antmaze.AntMaze, maze, "fixed") for maze, own in _ANTMAZES.items() for name in own},
     **{f"antmaze-{maze}-gymnasium": partial(antmaze.AntMaze, maze, ant="gymnasium") for maze in _ANTMAZES},
+    "door": adroit.Door,
+    "hammer": adroit.Hammer,
+    "hammer-truncated-expert": adroit.Hammer,
+    "pen": adroit.Pen,
+    "relocate": adroit.Relocate,
+    **{f"{name}-binary": partial(task, reward="binary") for name, task in _BINARY.items()},
+    **{f"{name}-binary-ending": partial(task, reward="binary", end_at_success=True) for name, task in _BINARY.items()},
 }
 
 

@@ -1,16 +1,18 @@
-"""Contact functions that agree with C MuJoCo, for the three geom pairs where MJX's own do not.
+"""Contact functions that agree with C MuJoCo, for the geom pairs where MJX's own do not, or are missing.
 
-MJX 3.17 departs from the C engine in three functions of its collision table:
+MJX 3.17 departs from the C engine in these functions of its collision table:
 
-==============  ====================================================  ==============================================
-pair            MJX                                                   C, and here
-==============  ====================================================  ==============================================
-plane-capsule   default tangent within 30 degrees of the vertical     friction frame aligned to the capsule, always
-sphere-box      no contact while separated: the margin is lost        exact distance, inside and outside
-capsule-box     the same, and other contact points                    nearest point, then a second along the capsule
-==============  ====================================================  ==============================================
+================  ====================================================  ==============================================
+pair              MJX                                                   C, and here
+================  ====================================================  ==============================================
+plane-capsule     default tangent within 30 degrees of the vertical     friction frame aligned to the capsule, always
+sphere-box        no contact while separated: the margin is lost        exact distance, inside and outside
+capsule-box       the same, and other contact points                    nearest point, then a second along the capsule
+capsule-cylinder  two contacts from a descent that stops early          one, exact (envs/cylinders.py)
+cylinder-box      none: the model is refused                            one, exact, with MuJoCo's multiccd switched off
+================  ====================================================  ==============================================
 
-The first bends the friction pyramid of every walking leg, the other two change what happens near walls. The rules
+The first bends the friction pyramid of every walking leg, the next two change what happens near walls. The rules
 are those of `mjc_PlaneCapsule`, `mjraw_SphereBox` and `mjraw_CapsuleBox`, with their tie-breaks, written as array
 arithmetic for one pair of geoms; MJX's `collider` vectorises over the pairs. Products are written as sums, since an
 accelerator may round matrix products to fewer digits than a contact can spare.
@@ -26,6 +28,8 @@ from mujoco.mjx._src import collision_driver
 from mujoco.mjx._src.collision_primitive import collider
 from mujoco.mjx._src.collision_types import Collision, GeomInfo
 from mujoco.mjx._src.types import GeomType
+
+from envs import cylinders
 
 TINY = 1e-15  # mjMINVAL: what C takes for zero
 SEPARATED = 1.0  # distance that MJX gives to a contact that does not exist
@@ -72,10 +76,30 @@ def capsule_box(capsule: GeomInfo, box: GeomInfo) -> Collision:
     return dist.at[1].set(jnp.where(exists, dist[1], SEPARATED)), points, frames
 
 
+@collider(ncon=1)
+def capsule_cylinder(capsule: GeomInfo, cylinder: GeomInfo) -> Collision:
+    """The contact of a capsule and a cylinder: dist [], pos [3], frame [3, 3]."""
+    pos = _to_local(cylinder.mat, capsule.pos - cylinder.pos)
+    half = _to_local(cylinder.mat, capsule.mat[:, 2]) * capsule.size[1]
+    dist, point, normal = cylinders.capsule_cylinder(pos, half, capsule.size[0], cylinder.size)
+    return dist, _to_world(cylinder.mat, point) + cylinder.pos, _frame(_to_world(cylinder.mat, normal))
+
+
+@collider(ncon=1)
+def cylinder_box(cylinder: GeomInfo, box: GeomInfo) -> Collision:
+    """The contact of a cylinder and a box: dist [], pos [3], frame [3, 3]."""
+    pos = _to_local(box.mat, cylinder.pos - box.pos)
+    axes = jnp.stack([_to_local(box.mat, cylinder.mat[:, i]) for i in range(3)], 1)
+    dist, point, normal = cylinders.cylinder_box(pos, axes, cylinder.size, box.size)
+    return dist, _to_world(box.mat, point) + box.pos, _frame(_to_world(box.mat, normal))
+
+
 CONTACTS = {
     (GeomType.PLANE, GeomType.CAPSULE): plane_capsule,
     (GeomType.SPHERE, GeomType.BOX): sphere_box,
     (GeomType.CAPSULE, GeomType.BOX): capsule_box,
+    (GeomType.CAPSULE, GeomType.CYLINDER): capsule_cylinder,
+    (GeomType.CYLINDER, GeomType.BOX): cylinder_box,
 }
 
 _lock = threading.Lock()
@@ -95,7 +119,7 @@ def exact_contacts():
     table = collision_driver._COLLISION_FUNC
     with _lock:
         if _holders == 0:
-            _upstream.update({pair: table[pair] for pair in CONTACTS})
+            _upstream.update({pair: table.get(pair) for pair in CONTACTS})
             table.update(CONTACTS)
         _holders += 1
     try:
@@ -105,6 +129,8 @@ def exact_contacts():
             _holders -= 1
             if _holders == 0:
                 table.update(_upstream)
+                for pair in [pair for pair, known in _upstream.items() if known is None]:
+                    del table[pair]
 
 
 def _to_local(mat: jax.Array, vector: jax.Array) -> jax.Array:

@@ -61,6 +61,7 @@ class Track(NamedTuple):
 
     places: np.ndarray  # [T, nq] generalised positions of a model, or [T, 2] the place on a map
     goal: np.ndarray | None  # [2], of tasks that draw one per episode
+    scene: np.ndarray | None = None  # [m], of tasks whose worlds differ in more than their state
 
 
 def play(env: Env, actor: Actor | None, key: jax.Array, episodes: int = 1, steps: int = 0) -> list[Track]:
@@ -80,15 +81,17 @@ def play(env: Env, actor: Actor | None, key: jax.Array, episodes: int = 1, steps
         start_key, key = jax.random.split(key)
         state = env.reset(start_key)
         _, (places, done, broken) = jax.lax.scan(step, state, jax.random.split(key, min(steps or env.horizon, env.horizon)))
-        return place(state), getattr(state.pipeline_state, "goal", None), places, done, broken
+        drawn = (getattr(state.pipeline_state, name, None) for name in ("goal", "scene"))
+        return place(state), *drawn, places, done, broken
 
-    first, goals, later, done, broken = jax.tree.map(np.asarray, jax.jit(jax.vmap(episode))(jax.random.split(key, episodes)))
+    first, goals, scenes, later, done, broken = jax.tree.map(np.asarray, jax.jit(jax.vmap(episode))(jax.random.split(key, episodes)))
     tracks = []
     for i in range(episodes):
         ends = np.flatnonzero(done[i])
         length = ends[0] + 1 if len(ends) else len(done[i])
         length -= int(broken[i, length - 1])  # what a broken simulation ended in cannot be drawn
-        tracks.append(Track(np.concatenate([first[i][None], later[i, :length]]), None if goals is None else goals[i]))
+        drawn = (None if all_of_them is None else all_of_them[i] for all_of_them in (goals, scenes))
+        tracks.append(Track(np.concatenate([first[i][None], later[i, :length]]), *drawn))
     return tracks
 
 
@@ -175,6 +178,9 @@ def graphics() -> str:
 def draw_model(env: Env, track: Track, which: Iterable[int], width: int, height: int, camera: CameraName) -> Iterator[np.ndarray]:
     """`draw` for a MuJoCo model; in mazes with the goal as a sphere and the way so far as a line."""
     model = for_the_eye(env.model, width, height)
+    if track.scene is not None:
+        for field, row, values in env.engine.scene.split(model, track.scene):
+            getattr(model, field)[row] = values
     data = mujoco.MjData(model)
     scene, option, view = mujoco.MjvScene(model, 10_000), mujoco.MjvOption(), viewpoint(env, track, camera, width / height)
     window, pixels = mujoco.MjrRect(0, 0, width, height), np.empty((height, width, 3), np.uint8)
@@ -231,8 +237,11 @@ def follows(env: Env, camera: CameraName) -> bool:
 
 
 def viewpoint(env: Env, track: Track, camera: CameraName, aspect: float) -> mujoco.MjvCamera:
-    """Where the camera stands: near the torso, or where it has the whole maze, or else the whole way, in view."""
+    """Where the camera stands: where the task says, or near the torso, or where it has the whole maze, or else the whole way, in view."""
     view = mujoco.MjvCamera()
+    if hasattr(env, "view"):
+        view.lookat, (view.distance, view.azimuth, view.elevation) = env.view[:3], env.view[3:]
+        return view
     planar = env.model.jnt_type[0] != mujoco.mjtJoint.mjJNT_FREE
     view.azimuth, view.elevation = 90, -12 if planar else -30
     view.lookat[2] = 0.6

@@ -18,9 +18,10 @@ MJX rounds differently, so that its simulations depart from Batch's, but control
 ours / Batch is the share of the engine's speed that is left.
 
 The rollout cannot start worlds anew. It goes on from Batch's states after every block, so that a fallen body lies there for less than a
-block. Gymnasium plays the same actions, starts worlds anew by its own rule, goes on from pass to pass, and has models of its own:
-AntMaze_Large-v4 makes as many MuJoCo steps per step as our AntMaze, but half as long ones and with stronger motors. Maze2D is computed
-without an engine; Batch and rollout there step the MuJoCo model of PointMaze_Large-v3, from its own starts.
+block; of the hands' scenes it has one for all worlds. Gymnasium plays the same actions, starts worlds anew by its own rule, goes on from
+pass to pass, and has models of its own: AntMaze_Large-v4 makes as many MuJoCo steps per step as our AntMaze, but half as long ones and
+with stronger motors. Maze2D is computed without an engine; Batch and rollout there step the MuJoCo model of PointMaze_Large-v3, from its
+own starts.
 
 MJX on a CPU takes up to a minute to compile for each shape, so there it is measured with `--mjx-worlds` alone. What would take longer
 than `--budget` is left out, or measured with a single pass, and the table says so. Compilation is not part of any rate, and no cache
@@ -58,12 +59,13 @@ from throughput import machine
 
 import envs
 from envs import gymnasium_eval
-from envs.physics import PhysicsTask
+from envs.physics import PhysicsTask, Scene
 
 ON_CPU = jax.default_backend() == "cpu"
 THEIRS = {  # the same task in Gymnasium
     "halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
     "antmaze-large-diverse": "AntMaze_Large-v4", "maze2d-large": "PointMaze_Large-v3",
+    "door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1", "relocate": "AdroitHandRelocate-v1",
 }  # fmt: skip
 GYMNASIUM_WORLDS = 64
 BLOCK = 16  # steps of the environment in one call of mujoco.rollout
@@ -117,7 +119,8 @@ class Tape:
     """What ours did in one pass, for others to play after.
 
     start: qpos, qvel and the solver's warm start of n worlds, each [n, .]; actions, controls [length, n, nu]; restarts: for each step,
-    None or (worlds [k], their new qpos [k, nq], their new qvel [k, nv]); final [n, nq]: qpos at the end, None where no one can tell.
+    None or (worlds [k], their new qpos [k, nq], their new qvel [k, nv], their new scenes [k, m]); final [n, nq]: qpos at the end, None
+    where no one can tell; scene, scenes [n, m]: in what the worlds' models differ at the start, of tasks where they do.
     """
 
     start: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -125,6 +128,8 @@ class Tape:
     controls: np.ndarray
     restarts: list[tuple | None]
     final: np.ndarray | None
+    scene: Scene | None = None
+    scenes: np.ndarray | None = None
 
 
 class Ours:
@@ -167,9 +172,14 @@ class Ours:
         restarts = []
         for ended, key in zip(np.asarray(done), keys):
             which = np.flatnonzero(ended)
-            restarts.append((which, *(part[which] for part in self._parts(begin(key))[:2])) if len(which) else None)
+            if len(which):
+                new = begin(key)
+                restarts.append((which, *(part[which] for part in self._parts(new)[:2]), scenes_of(new, which)))
+            else:
+                restarts.append(None)
         controls = np.asarray(jax.jit(self.env.control)(actions), np.float64)
-        return Tape(self._parts(self.state), np.asarray(actions), controls, restarts, self._parts(after)[0])
+        parts = self._parts(self.state), np.asarray(actions), controls, restarts, self._parts(after)[0]
+        return Tape(*parts, self.env.engine.scene, scenes_of(self.state, slice(None)))
 
     def _parts(self, state: envs.State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """qpos, qvel and warm start of the worlds, with all the digits that the engine has."""
@@ -179,6 +189,13 @@ class Ours:
             return tuple(np.asarray(part, np.float64) for part in (body.qpos, body.qvel, body.inner))
         numbers = np.ascontiguousarray(body.inner).view(np.float64)
         return tuple(np.split(numbers, np.cumsum([model.nq, model.nv, model.nv]), axis=1)[:3])
+
+
+def scenes_of(state: envs.State, which) -> np.ndarray | None:
+    """What the models of some worlds have of their own [k, m]."""
+    inner = state.pipeline_state
+    scenes = getattr(getattr(inner, "body", inner), "scene", None)
+    return None if scenes is None else np.asarray(scenes, np.float64)[which]
 
 
 class BatchPlayer:
@@ -195,14 +212,20 @@ class BatchPlayer:
         """`watch` is called before every step."""
         self.batch.state[:] = self.fresh
         self.qpos[:], self.qvel[:], self.warmstart[:] = self.tape.start
+        self.set_scenes(slice(None), self.tape.scenes)
         for step, (controls, restart) in enumerate(zip(self.tape.controls, self.tape.restarts)):
             watch(step)
             self.ctrl[:] = controls
             with contextlib.suppress(SimulationError):  # such a world stays what it was until it starts anew, as ours did
                 self.batch.step(nstep=self.frame_skip)
             if restart is not None:
-                which, qpos, qvel = restart
+                which, qpos, qvel, scenes = restart
                 self.qpos[which], self.qvel[which], self.warmstart[which] = qpos, qvel, 0.0
+                self.set_scenes(which, scenes)
+
+    def set_scenes(self, which: Any, scenes: np.ndarray | None) -> None:
+        for field, row, values in [] if scenes is None else self.tape.scene.split(self.batch.model, scenes):
+            self.batch.expand(field)[which, row] = values
 
     def same(self) -> float | None:
         """Share of worlds whose positions are now those of the tape's end."""
@@ -386,7 +409,7 @@ def invite(contest: Contest, leader: Ours) -> float | None:
         contest.reasons["rollout"] = "needs Batch"
     if name not in THEIRS:
         contest.reasons["gymnasium"] = "no such task"
-    elif gymnasium_eval.gymnasium_robotics is None and "Maze" in THEIRS[name]:
+    elif gymnasium_eval.gymnasium_robotics is None and ("Maze" in THEIRS[name] or "Hand" in THEIRS[name]):
         contest.reasons["gymnasium"] = NO_ROBOTICS
     elif contest.worlds > GYMNASIUM_WORLDS:
         contest.reasons["gymnasium"] = f"only to {GYMNASIUM_WORLDS}"

@@ -3,9 +3,10 @@
     python tests/reproduction/parity.py --precision 64 --json parity64.json
     python tests/reproduction/parity.py --precision 32 --engines mujoco mjx --json parity32.json
 
-The reference is C MuJoCo behind code that is not ours: Gymnasium's v4 tasks, gymnasium-robotics' AntMaze, and for D4RL's AntMaze
-an XML text put together here. Its contact margins are halved, as ours are (docs/locomotion.md says why). States are those that random
-actions lead to, and expert ones where policies are given; from each, both take one step with the same action.
+The reference is C MuJoCo behind code that is not ours: Gymnasium's v4 tasks, gymnasium-robotics' AntMaze and hands (with D4RL's sign
+in the reward and end of the pen), and for D4RL's AntMaze an XML text put together here. Its contact margins are halved, as ours are
+(docs/locomotion.md says why); on MJX, the hands are edited further (docs/adroit.md), and compared with our C engine on that model.
+States are those that random actions lead to, and expert ones where policies are given; from each, both take one step with the same action.
 """
 
 import json
@@ -22,6 +23,7 @@ import tyro
 FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "policies"
 EXPERTS = {"halfcheetah": "dlr_tqc", "hopper": "cs285_expert", "walker2d": "cs285_expert", "ant": "dlr_trpo"}
 IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+HAND_IDS = {"door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1", "relocate": "AdroitHandRelocate-v1"}
 MAZE_IDS = {"umaze": "AntMaze_UMaze-v4", "medium": "AntMaze_Medium-v4", "large": "AntMaze_Large-v4"}
 EVERY = (
     *IDS,
@@ -31,6 +33,8 @@ EVERY = (
     "antmaze-medium-diverse",
     "antmaze-large-diverse",
     "antmaze-umaze-gymnasium",
+    *HAND_IDS,
+    "pen-binary",
 )
 
 
@@ -114,6 +118,61 @@ class RoboticsMaze(GymBody):
         return np.concatenate([self.data.qpos, self.data.qvel]), reward, terminated
 
 
+class RoboticsHand(GymBody):
+    """gymnasium-robotics' hands, as D4RL has them; the goal is our scene."""
+
+    def __init__(self, name: str):
+        import gymnasium
+        import gymnasium_robotics
+
+        from envs import gymnasium_eval
+
+        gymnasium.register_envs(gymnasium_robotics)
+        task, _, self.binary = name.partition("-")
+        self.env = gymnasium.make(HAND_IDS[task], disable_env_checker=True).unwrapped
+        self.model, self.data = self.env.model, self.env.data
+        self.model.geom_margin[:] = 0.00025  # each pair has 0.5 mm, as before MuJoCo 3.5, the board's pairs too
+        self.env.reset(seed=0)  # measures the pen
+        self.fixtures = {
+            "door": [self.model.body_pos[self.model.body("frame").id]] if task == "door" else [],
+            "hammer": [self.model.body_pos[self.model.body("nail_board").id]] if task == "hammer" else [],
+            "pen": [self.model.body_quat[self.model.body("target").id]] if task == "pen" else [],
+            "relocate": [self.model.body_pos[self.model.body("Object").id], self.model.site_pos[self.model.site("target").id]]
+            if task == "relocate"
+            else [],
+        }[task]
+        self.correction = gymnasium_eval.reward_correction(HAND_IDS[task])
+        self.pen = self.model.body("Object").id if name == "pen" else None
+
+    def put(self, qpos, qvel, goal=None):
+        for fixture, numbers in zip(self.fixtures, np.split(np.array(goal), len(self.fixtures))):
+            fixture[:] = numbers
+        super().put(qpos, qvel)
+        self.data.qacc_warmstart[:] = 0  # a state has no history
+
+    def step(self, action):
+        obs, reward, *_, info = self.env.step(np.array(action))
+        dropped = self.pen is not None and self.data.xpos[self.pen][2] < 0.075
+        return obs, float(info["success"]) - 1 if self.binary else reward + self.correction(obs), bool(dropped)
+
+
+class OurC:
+    """Our own environment on the C engine with the model that MJX is given: the engines differ, and nothing else."""
+
+    def __init__(self, name: str):
+        import envs
+
+        self.env, self.model = envs.make(name, "mujoco", model="mjx"), None
+        self.begin, self.advance = jax.jit(self.env.reset_to), jax.jit(self.env.step)
+
+    def put(self, qpos, qvel, goal=None):
+        self.state = self.begin(qpos, qvel, goal)
+
+    def step(self, action):
+        self.state = self.advance(self.state, action)
+        return np.asarray(self.state.obs, np.float64), float(self.state.reward), bool(self.state.info["termination"])
+
+
 class D4RLMaze:
     """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell (#)."""
 
@@ -147,12 +206,14 @@ class D4RLMaze:
         return np.concatenate([self.data.qpos, self.data.qvel]), float(reached), bool(reached)
 
 
-def reference(name: str):
+def reference(name: str, engine: str = "mujoco"):
     """The benchmark's own environment for one of ours."""
     from envs.antmaze import MAZES
 
     if name in IDS:
         return GymBody(IDS[name])
+    if name.partition("-")[0] in HAND_IDS:
+        return RoboticsHand(name) if engine == "mujoco" else OurC(name)
     if name.endswith("-sparse"):
         body = name.removesuffix("-sparse")
         return GymSparse(IDS[body], 20.0 if body == "halfcheetah" else 10.0, body == "ant")
@@ -175,7 +236,7 @@ def sample_states(name: str, args: Args) -> list[tuple]:
             if age >= 200:
                 inner, age = start(jax.random.PRNGKey(int(rng.integers(2**31)))), 0
                 body_state = getattr(inner, "body", inner)
-                goal = np.asarray(getattr(inner, "goal", np.zeros(2)), np.float64)
+                goal = goal_of(inner)
                 qpos = np.array(body_state.qpos, np.float64)
                 if "maze" in name:  # near the walls, so that they are touched
                     qpos[:2] += rng.uniform(-1.5, 1.5, 2)
@@ -185,7 +246,9 @@ def sample_states(name: str, args: Args) -> list[tuple]:
             action = np.float64(np.float32(np.clip(action, -1, 1)))
             qpos, qvel = (np.float64(np.float32(x)) for x in (theirs.data.qpos, theirs.data.qvel))
             if age % 4 == 3:
-                near = goal if rng.random() < 0.8 else np.float64(np.float32(qpos[:2] + rng.uniform(-0.6, 0.6, 2)))  # rewarded steps too
+                near = goal
+                if "maze" in name and rng.random() >= 0.8:
+                    near = np.float64(np.float32(qpos[:2] + rng.uniform(-0.6, 0.6, 2)))  # rewarded steps too
                 own.append((qpos, qvel, near, action))
                 touching += bool(theirs.data.ncon)
             obs, _, ended = theirs.step(action)
@@ -193,6 +256,12 @@ def sample_states(name: str, args: Args) -> list[tuple]:
         states += own
     print(f"{name}: {touching} of {len(states)} states touch something", file=sys.stderr)
     return states
+
+
+def goal_of(inner) -> np.ndarray:
+    """What an episode draws besides the body's state: a goal, or a hand's scene."""
+    drawn = getattr(inner, "goal", getattr(inner, "scene", None))
+    return np.zeros(2) if drawn is None else np.asarray(drawn, np.float64)
 
 
 def make(name: str, physics: str):
@@ -207,7 +276,8 @@ def one_steps(name: str, engine: str, states: list[tuple]) -> tuple[np.ndarray, 
     qpos, qvel, goal, action = (np.stack(column) for column in zip(*states))
 
     def step(qpos, qvel, goal, action):
-        state = env.reset_to(qpos, qvel, goal) if name.startswith("antmaze") else env.reset_to(qpos, qvel)
+        drawn = name.startswith("antmaze") or name.partition("-")[0] in HAND_IDS
+        state = env.reset_to(qpos, qvel, goal) if drawn else env.reset_to(qpos, qvel)
         reached = env.step(state, action)
         return reached.obs, reached.reward, reached.info["termination"]
 
@@ -221,14 +291,13 @@ def one_steps(name: str, engine: str, states: list[tuple]) -> tuple[np.ndarray, 
 
 def measure(name: str, args: Args) -> list[dict]:
     """One row per engine: errors of one step."""
-    states, theirs = sample_states(name, args), reference(name)
-    wanted = []
-    for qpos, qvel, goal, action in states:
-        theirs.put(qpos, qvel, goal)
-        wanted.append(theirs.step(action))
-    obs, reward, ended = (np.array(column, np.float64) for column in zip(*wanted))
-    rows = []
+    states, rows = sample_states(name, args), []
     for engine in args.engines:
+        theirs, wanted = reference(name, engine), []
+        for qpos, qvel, goal, action in states:
+            theirs.put(qpos, qvel, goal)
+            wanted.append(theirs.step(action))
+        obs, reward, ended = (np.array(column, np.float64) for column in zip(*wanted))
         got_obs, got_reward, got_ended, seconds = one_steps(name, engine, states)
         errors = {"obs": np.abs(got_obs - obs).max(axis=1), "reward": np.abs(got_reward - reward)}
         row = {"env": name, "engine": engine, "precision": args.precision, "states": len(states), "compile_seconds": seconds}
@@ -243,18 +312,18 @@ def measure(name: str, args: Args) -> list[dict]:
 
 def diverged(name: str, engine: str, args: Args) -> dict:
     """Largest observation error after 10, 100, 1000 steps of one action sequence; "perturbed" is C against C started 1e-7 apart."""
-    rng, env, theirs = np.random.default_rng(args.seed + 1), make(name, engine), reference(name)
+    rng, env, theirs = np.random.default_rng(args.seed + 1), make(name, engine), reference(name, engine)
     inner = jax.jit(env.start)(jax.random.PRNGKey(args.seed))
     body = getattr(inner, "body", inner)
     qpos, qvel = np.asarray(body.qpos, np.float64), np.asarray(body.qvel, np.float64)
-    goal = np.asarray(getattr(inner, "goal", np.zeros(2)), np.float64)
+    goal = goal_of(inner)
     actions = np.float32(rng.uniform(-1, 1, (args.horizon, env.action_size)))
 
     def trajectory(qpos):
         theirs.put(qpos, qvel, goal)
         return np.stack([theirs.step(np.float64(a))[0] for a in actions])
 
-    exact, perturbed = trajectory(qpos), trajectory(qpos * (1 + 1e-7))
+    exact, perturbed = trajectory(qpos), trajectory(qpos * (1 + 1e-7) + (0 if qpos.any() else 1e-7))
     # Terminations are ignored on both sides: bodies that fell go on falling.
     run = jax.jit(lambda state, actions: jax.lax.scan(lambda s, a: ((t := env.step(s, a)), t.obs), state, actions)[1])
     dtype = jax.numpy.zeros(()).dtype

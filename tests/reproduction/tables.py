@@ -50,7 +50,7 @@ BUDGETS = {  # task -> flags of every method, and what the words in capitals of 
         "CQL": "--online-steps 960000",
         "SAC": "--online-steps 960000",
         "RLPD": "--online-steps 480000 --utd-ratio 0.08333333333333333",
-        "TD3": "--online-steps 960000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
+        "TD3": "--online-steps 480000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
         "all": "--online-steps 400000 --num-envs 32 --utd-ratio 0.0625 --hidden 128 128",
