@@ -116,6 +116,11 @@ def cell(values: list) -> str:
     return f"{found['iqm']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if np.isfinite(found["iqm"]) else "diverged"
 
 
+def ways(crossings: list[dict] | None) -> str:
+    """On which side of the wall most paths of each seed pass, such as "under, under, over"; none: they end before it."""
+    return ", ".join(max(seed, key=seed.get) for seed in crossings) if crossings else "-"
+
+
 def table(args: Args) -> str:
     """Markdown: one row per policy, IQM over seeds and 95 % interval."""
     lines = []
@@ -129,8 +134,8 @@ def table(args: Args) -> str:
             if found:
                 score = cell(found["normalized_score"]) if "normalized_score" in found else "-"
                 lines.append(f"| {name} | {cell(found['success'])} | {cell(found['return'])} | {cell(found['length'])} | {score} | "
-                             f"{result['wall_seconds']:.0f} |")  # fmt: skip
-    head = "| policy | success | return | episode length | normalised score | run, s |\n|---|---|---|---|---|--:|"
+                             f"{ways(result.get('crossings', {}).get(phase))} | {result['wall_seconds']:.0f} |")  # fmt: skip
+    head = "| policy | success | return | episode length | normalised score | way, by seed | run, s |\n|---|---|---|---|---|---|--:|"
     commands = "\n".join(f"    python algos/{' '.join(command(args, run)).split('algos/')[1]}" for run in args.methods)
     return f"{head}\n" + "\n".join(lines) + f"\n\nCommands:\n\n{commands}\n"
 
