@@ -3,9 +3,7 @@
 import os
 import pathlib
 
-# Before JAX starts. Tests compile much and compute little, so LLVM need not optimise; two of them share an accelerator's memory.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: two test processes share an accelerator
 
 import jax
 import pytest

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import envs
 from data.buffer import Transition
 from data.program import EVERYWHERE, RUNS, Compiled, mesh_for, place
+from envs.base import Task
 
 SEEDS, STEPS, DISCOUNT = 3, 2_000, 0.9
 PROBES = [name for name in envs.names() if name.startswith("probe-")]
@@ -44,26 +44,58 @@ def random_data(name, episodes=1_000):
     return jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax.random.PRNGKey(1), episodes))[1])()
 
 
+PROGRAMS: dict[tuple, Compiled] = {}  # of a function of a script and its settings
+
+
+class AnyProbe(Task):
+    """All probes in one: `which` [], set while a program is traced, is the number of the one to play. So one program serves all five."""
+
+    horizon, observation_size, action_size = 10, 1, 1
+    probes = tuple(envs.make(name) for name in PROBES)
+
+    def start(self, key):
+        return jax.lax.switch(self.which, [probe.start for probe in self.probes], key)
+
+    def advance(self, inner, action):
+        return jax.lax.switch(self.which, [probe.advance for probe in self.probes], inner, action)
+
+    def observe(self, inner):
+        return inner
+
+
 class Probing:
     """A script's state of SEEDS runs; `run(phase, length)` goes on with its function `<phase>_chunk`, compiled as `main` does."""
 
     def __init__(self, script, args, offline=None):
         self.script, self.args = script, args
-        self.setup, self.mesh = script.make_setup(args, offline), mesh_for(SEEDS)
+        self.setup, self.mesh = script.make_setup(args, offline)._replace(env=AnyProbe()), mesh_for(SEEDS)
+        self.which = place(jnp.int32(PROBES.index(args.env)), self.mesh, EVERYWHERE)
         keys = place(jnp.stack([jax.random.PRNGKey(seed) for seed in range(SEEDS)]), self.mesh, RUNS)
         self.hyper = place(jax.tree.map(lambda x: jnp.full(SEEDS, x, jnp.float32), args.hyper), self.mesh, RUNS)
         self.offline, self.added = place(offline, self.mesh, EVERYWHERE), 0
         given = {"hyper": self.hyper, "offline": self.offline, "key": keys}
         names = list(inspect.signature(script.init_state).parameters)[1:]
         shared = tuple(i for i, name in enumerate(names) if name == "offline")
-        self.state = Compiled(partial(script.init_state, self.setup), self.mesh, shared=shared)(*(given[name] for name in names))
+        self.state = self.compiled(script.init_state, (*shared, len(names)))(*(given[name] for name in names), self.which)
+
+    def compiled(self, function, shared, **settings):
+        """`function` of the setup and more, which takes the number of the probe as one last argument; made once for all probes."""
+
+        def on_probe(*arguments, setup=self.setup, **static):
+            setup.env.which = arguments[-1]
+            return function(setup, *arguments[:-1], **static)
+
+        known = function.__module__, function.__qualname__, dataclasses.replace(self.args, env="probe"), self.offline is None
+        if known not in PROGRAMS:
+            PROGRAMS[known] = Compiled(on_probe, self.mesh, shared=shared, **settings)
+        return PROGRAMS[known]
 
     def run(self, phase, length):
         """Metrics of `length` steps."""
         chunk = getattr(self.script, f"{phase}_chunk")
-        counted = "added" in inspect.signature(chunk).parameters
-        program = Compiled(partial(chunk, self.setup), self.mesh, shared=(2, 3) if counted else (2,), donate=(0,))
-        self.state, metrics = program(self.state, self.hyper, self.offline, *([self.added] if counted else []), length=length)
+        more = (self.added,) if "added" in inspect.signature(chunk).parameters else ()
+        program = self.compiled(chunk, tuple(range(2, 4 + len(more))), donate=(0,))
+        self.state, metrics = program(self.state, self.hyper, self.offline, *more, self.which, length=length)
         self.added += length * self.args.num_envs * (phase in ("finetune", "explore"))
         assert (np.asarray(metrics["nonfinite_at"]) == -1).all()
         return metrics
