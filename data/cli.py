@@ -39,7 +39,7 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 def _fail(message) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")  # in one piece: threads of a library may be writing there too
     raise SystemExit(2)
 
 

@@ -200,9 +200,10 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
     size = 1 if room == "none at all" else 40_000  # a limit on each file stands in for the disk's: such writes fail alike
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     _, err = process.communicate(timeout=120)
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(errors) == 1 and "no room left" in errors[0], err
-    # The checkpoint library's own threads may complain before and after our line; no traceback goes through our files.
+    # The checkpoint library's own threads may complain before and after our line, or leave one of theirs unfinished in front
+    # of it; no traceback goes through our files.
+    errors = re.findall("error: (no room left.*)", err)
+    assert (process.returncode, len(errors)) == (2, 1), err
     assert str(REPO / "data") not in err and str(REPO / "algos") not in err
     assert (room == "none at all") or "checkpoint" in errors[0]
     assert not (folder / "result.json").exists() and steps()
