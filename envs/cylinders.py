@@ -17,7 +17,6 @@ import numpy as np
 HALVINGS = 24
 TINY = 1e-10
 EDGE_AXIS = np.repeat(np.arange(3), 4)  # of a box's 12 edges, the axis along which each runs
-TIE = 1e-6  # metres
 SEARCHED = 0.6  # radians to both sides of a first guess
 EDGE_MIDDLE = np.array([np.insert([a, b], axis, 0) for axis in range(3) for a in (-1, 1) for b in (-1, 1)])
 
@@ -85,7 +84,7 @@ def cylinder_box(pos: jax.Array, axes: jax.Array, size: jax.Array, box: jax.Arra
     normals = jnp.concatenate([flat, edge_normals, rim_normals])
 
     gaps = jnp.where(valid, gap(normals, pos, axis, size, box), -jnp.inf)
-    best = jnp.argmax(gaps - TIE * np.repeat([0, 1, 2], [7, 12, 12]))  # an edge may find a flat side's direction, but not its point
+    best = jnp.argmax(gaps)
     dist, normal = gaps[best], normals[best]
     points = jnp.concatenate([_flat_points(pos, axis, size, box, flat), edges, rims])
     inward = jnp.where(best < 3, 1.0, -1.0)  # on a face of the box the point is the cylinder's, else the box's

@@ -62,11 +62,11 @@ def test_boxes(sizes):
     turn = mats[:, 1]
     direction, point = np.einsum("nij,nj->ni", turn, direction), np.einsum("nij,nj->ni", turn, point) + places[:, 1]
     gap = np.abs(ours - exact)
-    # Between two corners, where one in a hundred of these poses has its contact, ours is up to a millimetre off.
-    assert np.quantile(gap, 0.5) < 1e-6 and np.quantile(gap, 0.98) < 3e-6, np.quantile(gap, [0.5, 0.95, 0.98, 0.99, 1])
+    # Of 3,000 poses of the first pair 17 had another distance than C's, by up to 2.7 mm; of the second none, to a micrometre.
+    assert np.quantile(gap, 0.98) < 2e-6, np.quantile(gap, [0.5, 0.95, 0.98, 0.99, 1])
     same = np.sum(direction * normal, 1) > 0.999
-    assert same.mean() > 0.97, same.mean()
-    assert np.quantile(np.linalg.norm(point - pos, axis=1)[same], 0.99) < 1e-3
+    assert same.mean() > 0.98, same.mean()
+    assert np.quantile(np.linalg.norm(point - pos, axis=1)[same], 0.98) < 3e-4
 
 
 def test_lying_flat_and_standing():
