@@ -245,6 +245,7 @@ class Hammer(Hand):
     file, sizes = "adroit_hammer.xml", (46, 3)
     low, high = (0.05, 0.0, 0.1), (0.05, 0.0, 0.25)
     demonstrated = ("board_pos",)
+    view = (0.0, -0.15, 0.2, 0.7, 60.0, -25.0)
 
     def scene(self, model: mujoco.MjModel) -> Scene:
         board = ("body_pos", model.body("nail_board").id)
@@ -273,6 +274,7 @@ class Pen(Hand):
     file, sizes, horizon, held = "adroit_pen.xml", (45, 4), 100, 20
     low, high = (-1.0, -1.0), (1.0, 1.0)  # of the target's first two Euler angles
     demonstrated = ("desired_orien",)
+    view = (0.0, -0.15, 0.25, 0.55, 60.0, -30.0)
 
     def scene(self, model: mujoco.MjModel) -> Scene:
         target = ("body_quat", model.body("target").id)
@@ -313,6 +315,7 @@ class Relocate(Hand):
     file, sizes = "adroit_relocate.xml", (39, 6)
     low, high = (-0.15, -0.15, 0.035, -0.2, -0.2, 0.15), (0.15, 0.3, 0.035, 0.2, 0.2, 0.35)
     demonstrated = ("obj_pos", "target_pos")
+    view = (0.0, -0.1, 0.15, 0.8, 210.0, -25.0)
 
     def scene(self, model: mujoco.MjModel) -> Scene:
         varied = ("body_pos", model.body("Object").id), ("site_pos", model.site("target").id)
