@@ -139,6 +139,10 @@ SETTINGS = {
     "maze2d": {"expectile": 0.9, "temperature": 3.0, "reward_bias": -1.0, "offline_steps": 500_000, "online_steps": 500_000},
     "kitchen": {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1, "reward_bias": -4.0},
     **{key: {"expectile": 0.7, "temperature": 0.5, "dropout": 0.1} for key in ("hammer", "door", "pen", "relocate")},
+    **{key: {"expectile": 0.8, "temperature": 3.0, "offline_steps": 25_000} for key in ("door-binary", "pen-binary", "relocate-binary")},
+    "hammer-truncated-expert": {
+        "expectile": 0.8, "temperature": 3.0, "dropout": 0.0, "offline_steps": 50_000, "online_steps": 500_000,
+    },
 }  # fmt: skip
 
 

@@ -355,11 +355,12 @@ def returns_to_go(data: Dataset, discount: float) -> np.ndarray:
 
 
 def own(env: str) -> str:
-    """The dataset of ours that `--dataset auto` means for an environment: the only one made for it that needs no policy, or "none"."""
-    from data.generate import GENERATED
+    """The dataset of ours that `--dataset auto` means for an environment: the only one, random actions aside, made for it, or "none"."""
+    from data.generate import RECIPES
 
-    found = [name for name, recipe in GENERATED.items() if recipe.env == env and not name.endswith("/random-v0")]
-    return found[0] if found else "none"
+    task = env.removesuffix("-ending")  # how an episode ends changes nothing in data whose episodes never do
+    found = [name for name, recipe in RECIPES.items() if recipe.env == task and not name.endswith("/random-v0")]
+    return found[0] if len(found) == 1 else "none"
 
 
 def exists(dataset_id: str) -> bool:

@@ -165,6 +165,10 @@ def test_bad_requests(root, actors, monkeypatch):
         generate.own_id("hopper-mediun")
     assert generate.own_id("antmaze-large-play") == "ooo/antmaze-large-play/noisy-v0"
     assert generate.own_id("walker2d-medium-expert") == "ooo/walker2d/medium-expert-v0"
+    own = {name: datasets.own(name) for name in ("hopper", "door", "pen-binary-ending", "maze2d-large")}
+    assert own == {
+        "hopper": "none", "door": "none", "pen-binary-ending": "ooo/pen-binary/mixed-v0", "maze2d-large": "ooo/maze2d-large/noisy-v0",
+    }  # fmt: skip
     with pytest.raises(cli.UsageError, match="takes 11 observations and gives 3 actions; ooo/halfcheetah/medium-v0 needs 17 and 6"):
         generate.make("ooo/halfcheetah/medium-v0", policies=actors[:1], transitions=10)
     with pytest.raises(datasets.DatasetError, match=r"is made by hand: python data/generate\.py ooo/hopper/expert-v0"):
