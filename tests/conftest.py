@@ -3,15 +3,15 @@
 import os
 import pathlib
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX starts: two test processes share an accelerator
-
-import jax
 import pytest
 
 REPO = pathlib.Path(__file__).parents[1]
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".jax_cache"))  # for the programs that tests start
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+SETTINGS = {  # for this process, which has not imported JAX yet, and for the programs that tests start
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two test processes share an accelerator
+    "JAX_COMPILATION_CACHE_DIR": str(REPO / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
 
 
 @pytest.fixture(scope="session", autouse=True)

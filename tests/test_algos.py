@@ -32,7 +32,7 @@ SHARED = {  # settings that the house reads, or that a user may expect of any sc
     "track", "sweep", "max_q", "dataset", "clip_actions", "export", "offline_steps", "online_steps", "num_envs", "utd_ratio", "buffer_size",
     "batch_size", "hidden", "hyper",
 }  # fmt: skip
-DATASETS = ("door", "hammer", "pen", "relocate", "kitchen")  # families of settings that belong to data, not to an environment of ours
+DATASETS = ("kitchen",)  # families of settings that belong to data, not to an environment of ours
 TINY = {  # of these, a script gets the flags it has; phases are two chunks long, each of ten steps or more
     "env": "point-mass-wall", "hidden": "16 16", "critic_hidden": "16 16", "batch_size": 32, "num_envs": 8, "utd_ratio": 0.25,
     "offline_steps": 80, "online_steps": 160, "retrain_steps": 80, "random_steps": 16, "learning_starts": 16, "eval_episodes": 2,

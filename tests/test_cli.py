@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import resource
@@ -35,12 +34,9 @@ FAMILIES = {  # the shape of the real ones, with numbers that stay
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
+def cache_of_small_programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        for name in ("JAX_COMPILATION_CACHE_DIR", "MINARI_DATASETS_PATH"):
-            if name not in os.environ:
-                patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         yield
 
 

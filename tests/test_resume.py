@@ -1,7 +1,6 @@
 """A run killed at any moment, and resumed, ends in the same bits as one left alone; what cannot be resumed says why."""
 
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -34,9 +33,6 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("resume")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        for name in ("JAX_COMPILATION_CACHE_DIR", "MINARI_DATASETS_PATH"):
-            if name not in os.environ:
-                patch.setenv(name, str(place / name.lower()))
         yield place
 
 
