@@ -29,6 +29,7 @@ shortens it.
 
     python tests/benchmarks/physics.py --json out.json
     python tests/benchmarks/physics.py --envs antmaze-large-diverse --engines mujoco --worlds 64
+    python tests/benchmarks/physics.py --envs door hammer pen relocate --engines mujoco mujoco:mjx mjx
 """
 
 import contextlib
@@ -81,7 +82,7 @@ class Args:
     envs: tuple[str, ...] = tuple(THEIRS)
     """names of environments (`envs.names()`); those that Gymnasium lacks are compared with the bare engine alone"""
     engines: tuple[str, ...] = ("mujoco", "mjx") + (("mjx-warp",) if not ON_CPU and importlib.util.find_spec("warp") else ())
-    """engines behind our environments; Maze2D has none and is measured once"""
+    """engines behind our environments, or engine:model of a hand, such as mujoco:mjx; Maze2D has none and is measured once"""
     worlds: tuple[int, ...] = (1, 8, 64, 256) if ON_CPU else (1, 8, 64, 256, 1024, 4096, 16384)
     """worlds side by side"""
     mjx_worlds: tuple[int, ...] | None = (8,) if ON_CPU else None
@@ -136,7 +137,8 @@ class Ours:
     """One environment at one number of worlds, compiled; a call is one pass, the same at every call."""
 
     def __init__(self, name: str, engine: str, worlds: int, length: int):
-        self.env = envs.make(name, physics="auto" if engine == NO_ENGINE else engine)
+        physics, _, model = engine.partition(":")
+        self.env = envs.make(name, physics="auto" if engine == NO_ENGINE else physics, **({"model": model} if model else {}))
         self.worlds, self.length, self.key = worlds, length, jax.random.PRNGKey(1)
         self.state = jax.jit(jax.vmap(self.env.reset))(jax.random.split(jax.random.PRNGKey(0), worlds))
         self.program, began = jax.jit(self._pass), time.perf_counter()
@@ -381,7 +383,7 @@ def compare(args: Args, name: str, engines: tuple[str, ...], worlds: int, known:
         row = {"env": name, "engine": engine, "worlds": worlds, "ours": contest.summary(engine)}
         if engine in ours:
             row |= {"compile_seconds": ours[engine].compile_seconds, "recompilations": ours[engine].recompilations}
-            row["same"] = same if engine == leader == "mujoco" else None
+            row["same"] = same if engine == leader and engine.partition(":")[0] == "mujoco" else None
         for who in RIVALS:
             row[who] = contest.summary(who)
             if "best" in row["ours"] and "best" in row[who]:
