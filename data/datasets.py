@@ -341,16 +341,6 @@ def check_fits(data: Dataset, obs_size: int, action_size: int, env: str) -> None
         )
 
 
-def returns_to_go(data: Dataset, discount: float) -> np.ndarray:
-    """Discounted sum of rewards from each row to the end of its episode, [N] float32; nothing is bootstrapped after a truncation."""
-    result, running = np.zeros(len(data.episode), np.float32), 0.0
-    last = np.append(data.episode[1:] != data.episode[:-1], True)
-    for i in range(len(result) - 1, -1, -1):
-        running = float(data.transitions.reward[i]) + (0.0 if last[i] else discount * running)
-        result[i] = running
-    return result
-
-
 # --- writing ---
 
 

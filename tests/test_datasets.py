@@ -276,13 +276,6 @@ def test_datasets_of_another_body_are_refused(tmp_path):
         datasets.check_fits(data, 2, 2, "point-mass-wall")
 
 
-def test_returns_to_go(tmp_path):
-    parts = episodes()
-    data = load(save(tmp_path / "d.npz", flat(parts, True)))
-    naive = [sum(0.9**k * r for k, r in enumerate(p["rewards"][t:])) for p in parts for t in range(len(p["rewards"]))]
-    np.testing.assert_allclose(datasets.returns_to_go(data, 0.9), naive, rtol=1e-5)
-
-
 # --- writing ---
 
 
