@@ -24,27 +24,27 @@ from data import figures, statistics
 REPO = pathlib.Path(__file__).parents[2]
 NAMES = {  # run -> (script, flags beyond the task's, what its phases are called in the table)
     "iql": ("iql", "IQL", {"offline": "IQL, offline", "online": "IQL"}),
-    "ooo_iql": ("ooo_iql", "IQL RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
+    "ooo_iql": ("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
     "pex": ("pex", "IQL", {"online": "PEX"}),
     "cql": ("cql", "CQL", {"offline": "CQL, offline", "online": "CQL"}),
     "sac_ft": ("sac", "SAC --pretrained CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
     "cal_ql": ("cal_ql", "CQL", {"offline": "Cal-QL, offline", "online": "Cal-QL"}),
-    "ooo_cal_ql": ("ooo_cal_ql", "CQL RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
+    "ooo_cal_ql": ("ooo_cal_ql", "CQL CQL_RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
     "rlpd": ("rlpd", "RLPD", {"online": "RLPD"}),
-    "ooo_rlpd": ("ooo_rlpd", "RLPD RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
-    "td3": ("td3", "TD3 --intrinsic rnd RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
+    "ooo_rlpd": ("ooo_rlpd", "RLPD RLPD_RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
+    "td3": ("td3", "TD3 --intrinsic rnd TD3_RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
     # ablations of OOO(IQL)
-    "frozen_bonus": ("ooo_iql", "IQL RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
-    "no_upsampling": ("ooo_iql", "IQL RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
-    "no_bounds": ("ooo_iql", "IQL RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
-    "warm_start": ("ooo_iql", "IQL RETRAIN HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
-    "sync": ("ooo_iql", "IQL RETRAIN HALVES --sync-explorer", {"online": "explorer, synchronised (Fig. 14)",
+    "frozen_bonus": ("ooo_iql", "IQL IQL_RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
+    "no_upsampling": ("ooo_iql", "IQL IQL_RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
+    "no_bounds": ("ooo_iql", "IQL IQL_RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
+    "warm_start": ("ooo_iql", "IQL IQL_RETRAIN HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
+    "sync": ("ooo_iql", "IQL IQL_RETRAIN HALVES --sync-explorer", {"online": "explorer, synchronised (Fig. 14)",
              "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
 }  # fmt: skip
 BUDGETS = {  # task -> flags of every method, and what the words in capitals of NAMES stand for there
     "point-mass-wall": {
         "all": "--num-envs 48",
-        "RETRAIN": "--retrain-steps 24000",
+        **{f"{family}_RETRAIN": "--retrain-steps 24000" for family in ("IQL", "CQL", "RLPD", "TD3")},
         "HALVES": "--retrain-at 1440000 2880000",
         "IQL": "--online-steps 2880000",
         "CQL": "--online-steps 960000",
@@ -53,14 +53,17 @@ BUDGETS = {  # task -> flags of every method, and what the words in capitals of 
         "TD3": "--online-steps 480000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
-        "all": "--online-steps 400000 --num-envs 32 --utd-ratio 0.0625 --hidden 128 128",
-        "RETRAIN": "--retrain-steps 50000",
+        "all": "--num-envs 32",
+        "IQL": "--online-steps 400000 --utd-ratio 0.0625 --hidden 128 128 --offline-steps 10000",
+        "IQL_RETRAIN": "--retrain-steps 50000",
         "HALVES": "--retrain-at 200000 400000",
-        "IQL": "--offline-steps 10000",
-        "CQL": "--offline-steps 10000 --critic-hidden 128 128 --num-samples 4",
-        "SAC": "--critic-hidden 128 128",
-        "RLPD": "--critic-hidden 128 128 --policy-every 1",
-        "TD3": "--critic-hidden 128 128",
+        "CQL": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 5000",
+        "CQL_RETRAIN": "--retrain-steps 10000",
+        "SAC": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64",
+        "RLPD": "--online-steps 200000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128 --policy-every 1",
+        "RLPD_RETRAIN": "--retrain-steps 25000",
+        "TD3": "--online-steps 400000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128",
+        "TD3_RETRAIN": "--retrain-steps 50000",
     },
 }  # fmt: skip
 
@@ -164,7 +167,7 @@ def main() -> None:
     print(text)
     curves(args, ("ooo_iql", "ooo_cal_ql", "ooo_rlpd", "td3"), "bonus", ("offline", "online"), "exploration bonus")
     curves(args, ("ooo_iql", "ooo_rlpd", "td3"), "q", ("retrained",), "Q-values in retraining")
-    curves(args, args.methods, "eval/success", ("online", "retrained"), "success")
+    curves(args, tuple(NAMES)[: tuple(NAMES).index("frozen_bonus")], "eval/success", ("online", "retrained"), "success")
 
 
 if __name__ == "__main__":
