@@ -166,7 +166,7 @@ def main() -> None:
     (args.out / f"{args.task}.md").write_text(text)
     print(text)
     curves(args, ("ooo_iql", "ooo_cal_ql", "ooo_rlpd", "td3"), "bonus", ("offline", "online"), "exploration bonus")
-    curves(args, ("ooo_iql", "ooo_rlpd", "td3"), "q", ("retrained",), "Q-values in retraining")
+    curves(args, ("ooo_iql", "ooo_rlpd", "td3"), "q", ("retrained",), "Q-values")
     curves(args, tuple(NAMES)[: tuple(NAMES).index("frozen_bonus")], "eval/success", ("online", "retrained"), "success")
 
 
