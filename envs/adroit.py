@@ -70,7 +70,8 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
     * Only what the task needs may touch: see `touch`. One of the hand's 19 pairs with itself goes, thumb and palm, for its compile time.
     * At most `MAX_CONTACTS` contacts of a kind (as many directions of friction) count, the deepest ones.
     * Where a cylinder lies on a box, C makes one contact, not two (a flag that only the C engine reads).
-    * Of the sensors those stay that are observed.
+    * Of the sensors those stay that are observed. The nail's feels what happens inside a disc a little smaller than its head; MJX knows
+      no discs there, hence a box around it.
     """
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CYLINDER and geom.parent.name == "nail":
@@ -85,6 +86,9 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
     for sensor in list(spec.sensors):
         if sensor.name != "S_nail":
             spec.delete(sensor)
+            continue
+        site = spec.site(sensor.objname)
+        site.type, site.size = mujoco.mjtGeom.mjGEOM_BOX, [site.size[0], *site.size[:2]]
     spec.add_numeric(name="max_contact_points", data=[MAX_CONTACTS], size=1)
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_MULTICCD
 

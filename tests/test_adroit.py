@@ -178,6 +178,14 @@ def test_worlds_have_scenes_of_their_own(made):
     np.testing.assert_array_equal(together[2], alone)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_mjx_has_all_that_a_task_needs(name):
+    """Traced, not run: compiling a hand takes a CPU a minute or more (docs/adroit.md has what it then does)."""
+    env = envs.make(name, "mjx")
+    reached = jax.eval_shape(lambda key: env.step(env.reset(key), jnp.zeros(env.action_size)), jax.random.PRNGKey(0))
+    assert reached.obs.shape == (env.observation_size,) and reached.reward.shape == ()
+
+
 # --- models ---
 
 
@@ -189,6 +197,9 @@ def test_the_model_for_mjx_differs_where_it_says(made):
         changed = np.flatnonzero((plain.geom_type != edited.geom_type) | (plain.geom_size != edited.geom_size).any(1))
         assert {plain.body(plain.geom_bodyid[g]).name for g in changed} == ({"nail"} if name == "hammer" else set())
         assert edited.npair == 18 and edited.nsensor == (name == "hammer")
+        for site in range(plain.nsite):  # the disc in which the nail's sensor feels is a box around it, with one side per size
+            same = plain.site_type[site] == edited.site_type[site] and (plain.site_size[site] == edited.site_size[site]).all()
+            assert same or (plain.site(site).name == "S_target" and edited.site_size[site].tolist() == [0.034, 0.034, 0.005])
     shipped = adroit.load_model("adroit_hammer.xml", "shipped")
     assert sorted(set(shipped.geom_margin)) == [0, 0.0005] and set(made["hammer"].model.geom_margin) == {0.00025}
 
