@@ -84,6 +84,11 @@ class Scene:
         return [(field, row, numbers[..., a:b]) for (field, row), a, b in zip(self.varied, edges, edges[1:])]
 
 
+def alike(new: Any, old: Any) -> Any:
+    """`new` in the types of `old`: under JAX_ENABLE_X64 MJX counts tendons with 64 bits after a step, and with 32 before."""
+    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+
+
 class Engine(Protocol):
     """What every engine offers, for one unbatched world."""
 
@@ -195,7 +200,7 @@ class MjxEngine:
         world = self._world(body.scene)
         # TF32 products corrupt contacts, so the physics is computed at full precision, and nothing else.
         with jax.default_matmul_precision("highest"), exact_contacts():
-            data, _ = jax.lax.scan(lambda d, _: (self.substep(world, d), None), data, None, self.frame_skip)
+            data, _ = jax.lax.scan(lambda d, _: (alike(self.substep(world, d), d), None), data, None, self.frame_skip)
         place = data.qpos[:1] if self.root is None else data.xpos[self.root, :2]
         after = Body(data.qpos, data.qvel, place, place - body.place, data.qacc_warmstart)
         return after if self.scene is None else after.replace(scene=body.scene, watched=self._watched(data))
