@@ -178,11 +178,13 @@ def test_worlds_have_scenes_of_their_own(made):
     np.testing.assert_array_equal(together[2], alone)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_mjx_has_all_that_a_task_needs(name):
-    """Traced, not run: compiling a hand takes a CPU a minute or more (docs/adroit.md has what it then does)."""
-    env = envs.make(name, "mjx")
-    reached = jax.eval_shape(lambda key: env.step(env.reset(key), jnp.zeros(env.action_size)), jax.random.PRNGKey(0))
+@pytest.mark.parametrize("name,wide", [*((name, False) for name in TASKS), ("relocate", True)])
+def test_mjx_has_all_that_a_task_needs(name, wide):
+    """Traced, not run, at both precisions: compiling a hand takes a CPU a minute or more (docs/adroit.md has what it then does)."""
+    with jax.enable_x64(wide):
+        env = envs.make(name, "mjx")
+        reached = jax.eval_shape(lambda key: env.step(env.reset(key), jnp.zeros(env.action_size)), jax.random.PRNGKey(0))
+    assert reached.obs.dtype == ("float64" if wide else "float32")
     assert reached.obs.shape == (env.observation_size,) and reached.reward.shape == ()
 
 
