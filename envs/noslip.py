@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from mujoco import mjx
-from mujoco.mjx._src import forward, sensor, solver, support
+from mujoco.mjx._src import forward, sensor, smooth, solver, support
 
 SOFTNESS = 1e-4  # of friction, relative to the inverse inertia that it acts on; C has 0, the first solve about 0.1
 ITERATIONS = 20  # with 10, in float32, the hammer's nail slid out again by up to 1 mm/s, and with it the episode's success
@@ -25,18 +25,27 @@ def step(m: mjx.Model, d: mjx.Data) -> mjx.Data:
     d = forward.fwd_acceleration(m, forward.fwd_actuation(m, d))
     d = solver.solve(m, d)
     first = d.qacc
-    d = sensor.sensor_acc(m, hold(m, d))
-    return forward.euler(m, d).replace(qacc_warmstart=first)  # of the first solve, which begins with it
+    d = sensor.sensor_acc(m, hold(m, after(first, d)))
+    return forward.euler(m, after(d.qacc, d)).replace(qacc_warmstart=first)  # of the first solve, which begins with it
+
+
+def after(done: jax.Array, d: mjx.Data) -> mjx.Data:
+    """`d`, of which no matrix can be had before the accelerations `done` [nv] are there.
+
+    On a CPU, XLA starts what depends on nothing unfinished, and LAPACK spreads large batches over XLA's threads and waits for them: two
+    factorisations at once on two cores took both threads, and waited for each other for ever (jaxlib 0.10.2; 60 hands in a batch). XLA
+    drops `optimization_barrier` too early to keep them apart. An acceleration that is no number spreads; the world is broken anyhow.
+    """
+    wait = jnp.where(jnp.isnan(done[0]), jnp.nan, 0.0).astype(done.dtype)
+    return d.tree_replace({f"_impl.{name}": getattr(d._impl, name) + wait for name in ("M", "qLD", "efc_J")})
 
 
 def hold(m: mjx.Model, d: mjx.Data) -> mjx.Data:
     """`d` after MJX's solver, with the accelerations and constraint forces of hard friction."""
     rows, target, bound, force = friction(d)
-    mass = support.full_m(m, d)
-    inverse = jax.scipy.linalg.cho_factor(mass)
-    weight = jnp.sum(rows * jax.scipy.linalg.cho_solve(inverse, rows.T).T, 1)  # inverse inertia along each row
-    soft = jnp.maximum(SOFTNESS * weight, mujoco.mjMINVAL)
-    qacc, alone = d.qacc, d.qacc - jax.scipy.linalg.cho_solve(inverse, rows.T @ force)  # what all other forces would make of it
+    mass, moved = support.full_m(m, d), jax.vmap(lambda row: smooth.solve_m(m, d, row))(rows)  # the latter by a unit force along each row
+    soft = jnp.maximum(SOFTNESS * jnp.sum(rows * moved, 1), mujoco.mjMINVAL)
+    qacc, alone = d.qacc, d.qacc - force @ moved  # what all other forces would make of it
 
     def forces(slip):
         return -jnp.clip(slip / soft, -bound, bound)
