@@ -13,6 +13,8 @@ import numpy as np
 from mujoco import mjx
 from mujoco.mjx._src import forward, sensor, smooth, solver, support
 
+from envs.euler import after
+
 SOFTNESS = 1e-4  # of friction, relative to the inverse inertia that it acts on; C has 0, the first solve about 0.1
 ITERATIONS = 20  # with 10, in float32, the hammer's nail slid out again by up to 1 mm/s, and with it the episode's success
 HALVINGS = 16  # of the interval in which the best length of a Newton step lies
@@ -26,18 +28,7 @@ def step(m: mjx.Model, d: mjx.Data) -> mjx.Data:
     d = solver.solve(m, d)
     first = d.qacc
     d = sensor.sensor_acc(m, hold(m, after(first, d)))
-    return forward.euler(m, after(d.qacc, d)).replace(qacc_warmstart=first)  # of the first solve, which begins with it
-
-
-def after(done: jax.Array, d: mjx.Data) -> mjx.Data:
-    """`d`, of which no matrix can be had before the accelerations `done` [nv] are there.
-
-    On a CPU, XLA starts what depends on nothing unfinished, and LAPACK spreads large batches over XLA's threads and waits for them: two
-    factorisations at once on two cores took both threads, and waited for each other for ever (jaxlib 0.10.2; 60 hands in a batch). XLA
-    drops `optimization_barrier` too early to keep them apart. An acceleration that is no number spreads; the world is broken anyhow.
-    """
-    wait = jnp.where(jnp.isnan(done[0]), jnp.nan, 0.0).astype(done.dtype)
-    return d.tree_replace({f"_impl.{name}": getattr(d._impl, name) + wait for name in ("M", "qLD", "efc_J")})
+    return mjx.euler(m, after(d.qacc, d)).replace(qacc_warmstart=first)  # of the first solve, which begins with it
 
 
 def hold(m: mjx.Model, d: mjx.Data) -> mjx.Data:

@@ -178,10 +178,10 @@ class MjxEngine:
             self.device_model = mjx.put_model(model, impl=impl)
             self.blank = mjx.make_data(model, impl=impl)
         self.substep = mjx.step
-        if impl == "jax" and model.opt.noslip_iterations:  # MJX passes over this setting without a word
-            from envs import noslip
+        if impl == "jax" and model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER:
+            from envs import euler, noslip
 
-            self.substep = noslip.step
+            self.substep = noslip.step if model.opt.noslip_iterations else euler.step  # MJX passes over this setting without a word
 
     def begin(self, qpos: jax.Array, qvel: jax.Array, scene: jax.Array | None = None, watched: jax.Array | None = None) -> Body:
         place = qpos[: 1 if self.root is None else 2]

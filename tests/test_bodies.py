@@ -1,6 +1,7 @@
 """MuJoCo's bodies: each engine against code that is not ours, states that travel through JAX exactly, and worlds that break."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -223,6 +224,29 @@ class Exploding(locomotion.Hopper):
     def advance(self, inner, action):
         body, reward, termination, success = super().advance(inner, action)
         return body.replace(qpos=jnp.where(action[0] > 0.9, jnp.nan, body.qpos)), reward, termination, success
+
+
+MANY = """
+import os, jax, mujoco
+os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))  # what is left of XLA's threads is two
+from mujoco import mjx
+from envs import euler
+joint = '<joint axis="0 1 0" damping="0.01" limited="true" range="-0.1 0.1"/>'
+links = "".join(f'<body pos="0 {i} 0">{joint}<geom size="0.01" contype="0" conaffinity="0"/></body>' for i in range(16))
+model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{links}</worldbody></mujoco>")
+device, start = mjx.put_model(model), mjx.make_data(model)
+step = lambda data, _: (euler.step(device, data), None)
+run = jax.jit(jax.vmap(lambda qpos: jax.lax.scan(step, start.replace(qpos=qpos), None, 5)[0].qpos))
+print(float(abs(run(0.2 * jax.random.normal(jax.random.PRNGKey(0), (512, 16)))).max()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot confine a process to two cores")
+def test_many_worlds_on_two_cores_come_to_an_end():
+    """With `mjx.step` in the place of ours this never ends: two factorisations wait for each other (envs/euler.py)."""
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, timeout=240, env=variables)
+    assert done.returncode == 0 and 0 < float(done.stdout.split()[-1]) < 2, done.stderr[-2000:]
 
 
 def test_a_broken_world_is_reset_counted_and_never_stored():
