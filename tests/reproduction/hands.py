@@ -4,7 +4,10 @@
 
 Each policy plays `--episodes` episodes with its mean action and with sampled ones, in gymnasium-robotics (rewards' sign mended, the pen
 ending when it drops or after 100 steps) and in ours, on each of `--engines`, an engine and a model such as mujoco:shipped. Success is
-DAPG's: more than 25 successful steps in an episode (pen: 20).
+DAPG's: more than 25 successful steps in an episode (pen: 20). Returns depend on where an episode begins, and each side draws its own
+starts; with `--same-starts` gymnasium-robotics takes ours, and D4RL's contact margins, so that episodes compare one by one:
+
+    python tests/reproduction/hands.py --same-starts --modes mean --engines mujoco:d4rl
 """
 
 import json
@@ -17,6 +20,7 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import tyro
 
 import envs
@@ -43,6 +47,8 @@ class Args:
     """episodes per policy, engine and mode"""
     gymnasium: bool = True
     """play in gymnasium-robotics too, to compare with"""
+    same_starts: bool = False
+    """gymnasium-robotics begins where ours does, with D4RL's contact margins"""
     seed: int = 0
     """seed of all starts and noise"""
     json: str = ""
@@ -88,6 +94,22 @@ def theirs(task: str, actor: dict, mode: str, args: Args) -> dict[str, np.ndarra
     return dict(zip(("return", "successes", "length"), np.array(found).T))
 
 
+def theirs_from_our_starts(task: str, actor: dict, mode: str, args: Args) -> dict[str, np.ndarray]:
+    """The same in gymnasium-robotics with D4RL's margins, episode by episode from the starts of `ours`."""
+    rng, found, robotics, start = np.random.default_rng(args.seed), [], parity.RoboticsHand(task), envs.make(task, "mujoco").start
+    keys = jax.random.split(jax.random.split(jax.random.PRNGKey(args.seed))[0], args.episodes)
+    begun = jax.tree.map(np.asarray, jax.jit(jax.vmap(start))(keys))
+    for episode in range(args.episodes):
+        first = jax.tree.map(lambda x, e=episode: x[e], begun)
+        robotics.put(np.float64(first.qpos), np.float64(first.qvel), parity.goal_of(first))
+        obs, total, ended = robotics.env._get_obs(), np.zeros(3), False
+        while not ended and total[2] < (100 if task == "pen" else 200):
+            obs, reward, ended = robotics.step(np.clip(policy.act(actor, obs, None if mode == "mean" else rng), -1, 1))
+            total += reward, robotics.success, 1
+        found.append(total)
+    return dict(zip(("return", "successes", "length"), np.array(found).T))
+
+
 def summary(task: str, played: dict[str, np.ndarray]) -> dict:
     n = len(played["return"])
     held = played["successes"] > (20 if task == "pen" else 25)
@@ -103,18 +125,24 @@ def main() -> None:
     for task in args.tasks:
         actor = policy.load(args.policies / f"{task}.npz")
         for mode in args.modes:
-            base = None
+            base, reference = None, theirs_from_our_starts if args.same_starts else theirs
             for engine in (("gymnasium",) if args.gymnasium else ()) + args.engines:
                 began = time.perf_counter()
-                played = theirs(task, actor, mode, args) if engine == "gymnasium" else ours(task, engine, actor, mode, args)
+                played = reference(task, actor, mode, args) if engine == "gymnasium" else ours(task, engine, actor, mode, args)
                 row = {"task": task, "mode": mode, "engine": engine, "episodes": args.episodes, **summary(task, played)}
-                base = base or (row if engine == "gymnasium" else None)
-                if base and engine != "gymnasium":
+                if engine == "gymnasium":
+                    base = {**row, "each": played["return"]}
+                elif base and args.same_starts:
+                    row["largest_difference"] = float(np.abs(played["return"] - base["each"]).max())
+                    row["median_difference"] = float(np.median(np.abs(played["return"] - base["each"])))
+                elif base:
                     error = np.hypot(row["return_error"], base["return_error"])
                     row["standard_errors"] = float((row["return"] - base["return"]) / max(error, 1e-9))
                 row["seconds"] = time.perf_counter() - began
                 rows.append(row)
                 apart = f"{row['standard_errors']:+5.1f} s.e." if "standard_errors" in row else ""
+                if "median_difference" in row:
+                    apart = f"differ by {row['median_difference']:.0e} (median), {row['largest_difference']:.0e} (most)"
                 earned = f"return {row['return']:9.1f} ± {row['return_error']:6.1f}  {apart:>10}"
                 shares = f"success {row['success']:4.0%}  any {row['any_success']:4.0%}  dropped {row['dropped']:4.0%}"
                 print(f"{task:9} {mode:8} {engine:15} {earned}  {shares}  {row['broken']:.0f} broken  {row['seconds']:.0f} s", flush=True)

@@ -152,8 +152,9 @@ class RoboticsHand(GymBody):
 
     def step(self, action):
         obs, reward, *_, info = self.env.step(np.array(action))
+        self.success = bool(info["success"])
         dropped = self.pen is not None and self.data.xpos[self.pen][2] < 0.075
-        return obs, float(info["success"]) - 1 if self.binary else reward + self.correction(obs), bool(dropped)
+        return obs, self.success - 1.0 if self.binary else reward + self.correction(obs), bool(dropped)
 
 
 class OurC:
