@@ -23,7 +23,7 @@ def rows_of(numbers, dtype=np.float32):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     block=st.integers(1, 4),
     blocks=st.integers(1, 5),

@@ -271,7 +271,7 @@ def test_config_round_trip(module):
         cli.from_json(module.Args, {**cli.to_json(args), "colour": 1})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(0, 60),
     st.integers(0, 400),
