@@ -11,7 +11,7 @@ SETTINGS = {  # for this process, which has not imported JAX yet, and for the pr
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two test processes share an accelerator
     "JAX_COMPILATION_CACHE_DIR": str(REPO / ".jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    "XLA_FLAGS": "--xla_backend_optimization_level=1",  # much is compiled here and little run: a third less time than at level 3
+    "XLA_FLAGS": "--xla_backend_optimization_level=1",  # much is compiled here and little run (level 3 otherwise)
 }
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are shared
 hypothesis.settings.load_profile("no clock")
