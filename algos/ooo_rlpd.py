@@ -1,186 +1,124 @@
-"""OOO on RLPD: explore with RLPD + RND, then retrain a policy from scratch, without bonus, on everything seen.
+"""OOO on RLPD: explore with RLPD + RND, then retrain a policy from scratch on all data, without bonus.
 
-Offline-to-Online-to-Offline RL (Mark et al., arXiv 2310.08558) separates the policy that gathers data from the policy
-that is handed over. Both are soft actor-critics here, and the first is RLPD (rlpd.py, Ball et al., arXiv 2302.02948):
+Offline-to-Online-to-Offline RL (Mark et al., arXiv 2310.08558) separates the policy that gathers data from
+the policy that is handed over. Both are soft actor-critics here, and the first one is RLPD (rlpd.py, Ball et
+al., arXiv 2302.02948):
 
-1. explore  The explorer acts and learns online from r + c * novelty; offline rows, if there are any, are half of each batch.
-2. retrain  A fresh exploiter learns from the offline and online rows alike, on the task reward alone, one step of policy and
-            alpha to each critic step, with its Q-values held inside what the data's rewards allow, and rare successes up-sampled.
+1. explore  The explorer acts and learns online from r + c * novelty; offline rows, if there are any, are half
+            of each batch.
+2. retrain  A fresh exploiter learns from offline and online rows alike, on the task reward alone, with one
+            step of policy and alpha to each critic step. Its Q-values are held inside what the data's rewards
+            allow, and rare successes are up-sampled.
 
-The explorer alone is RLPD + RND: --retrain-steps 0, the same as rlpd.py --intrinsic rnd.
-Departures. The official code (MaxSobolMark/OOO b1424a2) retrains plain SAC, here `--retrainer sac`, bounds no Q unless asked, and
-adds up-sampled rows to its batches instead of replacing some; the paper's text speaks of pessimism. RND as in rlpd.py.
+The explorer alone is RLPD + RND: `--retrain-steps 0`, the same as `rlpd.py --intrinsic rnd`.
+
+Departures. The official code (MaxSobolMark/OOO b1424a2) retrains plain SAC, here `--retrainer sac`; it bounds
+no Q unless asked; and it adds up-sampled rows to its batches (here, they replace some). The paper's text
+speaks of pessimism, and the default here follows it. RND departs as in rlpd.py.
 
     python algos/ooo_rlpd.py
 """
 
-from dataclasses import dataclass, field, replace
+from collections import namedtuple
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import struct
 
-import envs
-from data import buffer, cli, datasets, report
-from data.buffer import Transition
-from data.evaluation import Evaluator
-from data.moments import Moments
-from data.program import EVERYWHERE, RUNS, Compiled, mesh_for, orthogonal, place, scan_mean
-from data.run import Run
+from ooo_rl import envs
+from ooo_rl.data import buffer, policy
+from ooo_rl.data.buffer import Transition
+from ooo_rl.data.learner import Learner, Moments, orthogonal
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
+from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
 
+# as in rlpd.py
 @struct.dataclass
-class Hyper:
+class Hyper(Traced):
     """Settings that are traced, not compiled in: one value per run, so each can be swept in one program."""
 
-    # optimisation
-    discount: float = 0.99
-    """discount factor"""
-    actor_lr: float = 3e-4
+    actor_lr: NonNegative = 3e-4
     """learning rate of the policy"""
-    critic_lr: float = 3e-4
+    critic_lr: NonNegative = 3e-4
     """learning rate of the critics"""
-    alpha_lr: float = 3e-4
+    alpha_lr: NonNegative = 3e-4
     """learning rate of the entropy's weight alpha; 0 keeps --init-alpha"""
-    target_rate: float = 0.005
+    target_rate: Fraction = 0.005
     """share of the critics that goes into their targets at each update"""
-    reward_scale: float = 1.0
-    """task rewards are multiplied by this"""
-    reward_bias: float = 0.0
-    """and this is added"""
-    # SAC
-    entropy_per_action: float = -0.5
-    """entropy that alpha aims at, for each dimension of the action: -1 in the paper, -0.5 in jaxrl and RLPD"""
-    backup_entropy: float = 1.0
+    entropy_per_action: Number = -0.5
+    """entropy that alpha aims at, per dimension of the action: -1 in SAC's paper, -0.5 in jaxrl and RLPD"""
+    backup_entropy: NonNegative = 1.0
     """weight of the entropy in the critics' target: 1 is SAC, 0 leaves it out (RLPD for goals)"""
-    # RND
-    intrinsic_coef: float = 10.0
+    intrinsic_coef: Number = 10.0
     """c: weight of the exploration bonus"""
-    rnd_lr: float = 1e-4
+    rnd_lr: NonNegative = 1e-4
     """learning rate of the RND predictor"""
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Experiment):
     """OOO(RLPD): explore online optimistically, retrain pessimistically from scratch."""
 
-    # experiment
-    env: str = "auto"
-    """environment to act in; auto: the point mass, or none if a dataset is named and there are no online steps"""
-    num_seeds: int = 5
-    """seeds, trained side by side"""
-    seed: int = 0
-    """first seed"""
-    eval_every: int = 0
-    """steps of the phase between evaluations; 0: a quarter of each phase"""
-    eval_episodes: int = 20
-    """episodes of each evaluation, with the mean action"""
-    eval_env: str = ""
-    """evaluate in this Gymnasium environment (by id) instead of in --env"""
-    checkpoint_every: int = 0
-    """steps of the phase between checkpoints; 0: with each evaluation"""
-    runs_dir: str = "runs"
-    """folder that holds all runs"""
-    name: str = ""
-    """name of this run's folder; empty: the time it started"""
-    resume: str = ""
-    """folder of a run to go on with, from its last checkpoint; all other flags come from there"""
-    physics: Literal["auto", "mjx", "mjx-warp", "mujoco"] = "auto"
-    """physics engine, for environments that have one"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """send metrics there as well as to metrics.csv"""
-    sweep: tuple[str, ...] = ()
-    """traced settings to sweep, e.g. intrinsic-coef=0,5 expectile=0.7,0.9: every combination, all seeds, one program"""
-    max_q: float = 1e5
-    """a seed whose mean Q-value is beyond this, up or down, has diverged and is stopped; no task here pays a tenth of it"""
-    # data
     dataset: str = "own"
-    """Minari id, or a .hdf5 or .npz file; none: no offline data; own: that of the environment, if it has one"""
-    clip_actions: bool = False
-    """clip dataset actions that lie outside [-1, 1] instead of refusing them"""
-    export: str = ""
-    """write each seed's online experience as the Minari dataset EXPORT-seed<k>-v0, e.g. ooo/my-run"""
-    offline_ratio: float = 0.5
-    """share of each online batch that comes from the offline rows; below 0: that of the offline rows among all"""
-    upsample: float = 0.0
+    """Minari id, or a .hdf5 or .npz file; none: no offline data; own: the environment's, if it has one"""
+    offline_ratio: Annotated[float, Bounds(at_most=1)] = 0.5
+    """share of each online batch that comes from the offline rows; below 0: their share of all rows"""
+    upsample: Fraction = 0.0
     """share of each retraining batch that is drawn from the rows of highest reward"""
-    # offline
-    offline_steps: int = 0
+    offline_steps: Steps = 0
     """gradient steps of optimistic pre-training"""
-    # online
-    online_steps: int = 1_000_000
+    online_steps: Steps = 1_000_000
     """environment steps of exploration"""
-    random_steps: int = 5_000
+    random_steps: Steps = 5_000
     """of these, steps of uniformly random actions and no learning at the start"""
-    num_envs: int = 8
-    """environments that act side by side, per seed"""
-    utd_ratio: float = 20.0
+    utd_ratio: Positive = 20.0
     """critic steps per environment step; num_envs * utd_ratio of them follow each step of all environments"""
-    policy_every: int = 20
+    policy_every: Size = 20
     """critic steps per step of policy, alpha and RND, online; must divide num_envs * utd_ratio"""
-    buffer_size: int = 0
-    """online rows kept, a multiple of num_envs; 0: all"""
     intrinsic: Literal["rnd", "none"] = "rnd"
     """exploration bonus: random network distillation, or none"""
     rnd_variant: Literal["paper", "code"] = "paper"
-    """paper: novelty of s, two hidden layers, summed squared error; code: of s', one hidden layer, largest squared error"""
-    rnd_units: int = 512
+    """paper: novelty of s, two hidden layers, summed errors; code: of s', one hidden layer, largest error"""
+    rnd_units: Size = 512
     """units of RND's layers, its output included"""
-    # retraining
-    retrain_steps: int = 1_000_000
+    retrain_steps: Steps = 1_000_000
     """gradient steps of each retraining; 0: none"""
-    retrain_at: tuple[int, ...] = ()
+    retrain_at: Annotated[tuple[int, ...], Bounds(at_least=0)] = ()
     """environment steps after which to retrain; empty: at the end"""
     retrainer: Literal["rlpd", "sac"] = "rlpd"
-    """what learns in retraining: rlpd, critics like the explorer's; sac, two without LayerNorm (OOO's code)"""
+    """what is retrained: rlpd, critics like the explorer's; sac, two without LayerNorm (OOO's code)"""
     bound_q: bool = True
     """in retraining, hold Q inside what the data's rewards allow"""
     frozen_bonus: bool = False
-    """retrain with the explorer's bonus, c * novelty, frozen and added to the reward (the paper's Figure 3)"""
+    """retrain with the explorer's bonus, c * novelty, frozen, added to the reward (the paper's Figure 3)"""
     warm_start: bool = False
     """retrain from the previous exploiter instead of from scratch (the paper's Figure 13)"""
-    # optimisation
-    batch_size: int = 256
-    """rows of a batch"""
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Layers = (256, 256)
     """units of the policy's hidden layers"""
-    critic_hidden: tuple[int, ...] = (256, 256)
+    critic_hidden: Layers = (256, 256)
     """units of the critics' hidden layers"""
     layer_norm: bool = True
     """LayerNorm in the critics' hidden layers"""
-    ensemble: int = 10
+    ensemble: Size = 10
     """critics"""
-    target_subset: int = 2
+    target_subset: Size = 2
     """critics, drawn anew at each critic step, whose least value is the target's"""
-    init_alpha: float = 1.0
+    init_alpha: Positive = 1.0
     """entropy's weight alpha to start with"""
-    hyper: Annotated[Hyper, tyro.conf.OmitArgPrefixes] = field(default_factory=Hyper)
+    hyper: Hyper = Hyper()
     """traced settings, which --sweep can vary"""
 
 
-# Settings of RLPD and OOO by environment family; those of mazes and of the point mass are ours. Goals pay -1 until there.
-GOAL = {"hidden": (256, 256, 256), "critic_hidden": (256, 256, 256), "backup_entropy": 0.0}
-SETTINGS = {
-    "point-mass-wall": {
-        "hidden": (64, 64), "critic_hidden": (64, 64), "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3, "target_rate": 0.02,
-        "backup_entropy": 0.0, "online_steps": 96_000, "num_envs": 48, "utd_ratio": 1 / 6, "policy_every": 4, "random_steps": 4_800,
-        "rnd_units": 64,
-    },
-    "point-mass-wall-sparse": {"reward_bias": -1.0},
-    "probe": {"hidden": (32, 32), "critic_hidden": (32, 32), "online_steps": 8_000, "random_steps": 0, "utd_ratio": 1.0, "policy_every": 2},
-    **{key: {"upsample": 32 / 288} for key in ("halfcheetah-sparse", "ant-sparse")},
-    **{key: {**GOAL, "reward_bias": -1.0, "upsample": 8 / 256} for key in ("antmaze", "maze2d")},
-    "door": GOAL, "pen": GOAL, "relocate": GOAL,
-}  # fmt: skip
-
-
+# as in rlpd.py
 class MLP(nn.Module):
-    """Dense layers, LayerNorm if asked, and ReLU between them; initialised orthogonally."""
+    """Dense layers with ReLU, LayerNorm if asked; initialised orthogonally."""
 
     sizes: tuple[int, ...]
     layer_norm: bool = False
@@ -193,6 +131,7 @@ class MLP(nn.Module):
         return nn.Dense(self.sizes[-1], kernel_init=orthogonal(2**0.5))(x)
 
 
+# as in sac.py
 class Actor(nn.Module):
     """Mean and log standard deviation, both [..., A], of a Gaussian that tanh squashes into (-1, 1)."""
 
@@ -205,6 +144,7 @@ class Actor(nn.Module):
         return mean, jnp.clip(log_std - 1.0, -20.0, 2.0)
 
 
+# as in sac.py
 class Critic(nn.Module):
     """`num` independent Q functions: [num, ...]."""
 
@@ -214,39 +154,36 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, action):
-        ensemble = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.num)
-        return ensemble((*self.hidden, 1), self.layer_norm)(jnp.concatenate([obs, action], axis=-1)).squeeze(-1)
+        ensemble = nn.vmap(MLP, {"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.num)
+        q = ensemble((*self.hidden, 1), self.layer_norm)(jnp.concatenate([obs, action], axis=-1))
+        return q.squeeze(-1)
 
 
-class Nets(NamedTuple):
-    """The modules of an agent; their parameters are in `Agent`."""
-
-    actor: Actor
-    critic: Critic
-    target: Critic  # of the subset that a target asks
+Nets = namedtuple("Nets", "actor critic target rnd")  # modules; `target` has the critics that a target asks
 
 
+# as in sac.py
 @struct.dataclass
 class Agent:
-    """Parameters and Adam states of one agent."""
+    """One agent: what learns, each with its optimiser, and the critics' slow copy."""
 
-    actor: dict
-    critic: dict
+    actor: Learner
+    critic: Learner
     target_critic: dict
-    log_alpha: jax.Array
-    actor_opt: tuple
-    critic_opt: tuple
-    alpha_opt: tuple
+    alpha: Learner  # of log alpha
 
 
-def init_agent(nets: Nets, obs_size: int, init_alpha: float, key: jax.Array) -> Agent:
-    keys = jax.random.split(key)
-    obs, action = jnp.zeros((1, obs_size)), jnp.zeros((1, nets.actor.action_size))
-    actor, critic, log_alpha = nets.actor.init(keys[0], obs), nets.critic.init(keys[1], obs, action), jnp.log(init_alpha)
-    adam = optax.scale_by_adam()
-    return Agent(actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, adam.init(actor), adam.init(critic), adam.init(log_alpha))
+# as in sac.py
+def init_agent(static: Static, key: jax.Array) -> Agent:
+    nets, obs, action = static.nets, static.example.obs[None], static.example.action[None]
+    actor_key, critic_key = jax.random.split(key)
+    critic = Learner.create(nets.critic.init(critic_key, obs, action))
+    actor, alpha = nets.actor.init(actor_key, obs), jnp.log(static.args.init_alpha)
+    target_critic = jax.tree.map(jnp.copy, critic.params)
+    return Agent(Learner.create(actor), critic, target_critic, Learner.create(alpha))
 
 
+# as in sac.py
 def sample(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Actions [..., A] drawn from the policy, differentiable in it, and their log densities [...]."""
     mean, log_std = nets.actor.apply(actor, obs)
@@ -257,143 +194,136 @@ def sample(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array) -> tuple[jax
     return jnp.tanh(u), jnp.sum(jax.scipy.stats.norm.logpdf(noise) - log_std - squash, axis=-1)
 
 
+# as in sac.py
 def critic_loss(params, nets, obs, action, target_q):
     """Squared Bellman error, summed over the critics: SAC, equation (5)."""
     q = nets.critic.apply(params, obs, action)
     return jnp.mean(jnp.sum((q - target_q) ** 2, axis=0))
 
 
+# as in rlpd.py
 def actor_loss(params, nets, critic, obs, alpha, key):
-    """Mean Q of all critics less entropy at actions of the policy: RLPD, the last line of algorithm 1. Also the actions' log density."""
+    """Mean Q of all critics less entropy, at actions of the policy: RLPD, the last line of algorithm 1.
+
+    Also the actions' mean log density.
+    """
     action, log_prob = sample(nets, params, obs, key)
     q = nets.critic.apply(critic, obs, action).mean(axis=0)
     return jnp.mean(alpha * log_prob - q), log_prob.mean()
 
 
+# as in rlpd.py
 def alpha_loss(log_alpha, log_prob, target_entropy):
-    """Raises alpha while the policy's entropy is below its target: SAC, equation (17), in log alpha as its code has it."""
-    return -log_alpha * (log_prob + target_entropy)
+    """Raises alpha while entropy is below its target: SAC, equation (17), in alpha as RLPD's code has it."""
+    return -jnp.exp(log_alpha) * (log_prob + target_entropy)
 
 
-def descend(params, opt, grads, learning_rate):
-    """One Adam step; the learning rate is traced, so it is not part of the optimiser."""
-    direction, opt = optax.scale_by_adam().update(grads, opt)
-    return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), opt
+def update(nets: Nets, hyper: Hyper, agent: Agent, batches: Transition, bonus, q_bounds: tuple, key):
+    """A critic step on each of `batches` [P, B, ...], then one step of policy and alpha on the last one.
 
-
-def update(nets: Nets, hyper: Hyper, agent: Agent, batches: Transition, bonus: jax.Array, q_bounds: tuple, key: jax.Array):
-    """A critic step on each of `batches` [P, B, ...], then one step of policy and alpha on the last. `bonus` [P, B] adds to the reward.
-
-    `q_bounds` holds (low, high) for values of the task reward; (-inf, inf) leaves them free.
+    `bonus` [P, B] enters the critics' target alone; `q_bounds` (low, high) hold the task reward's part of it.
     """
     next_key, subset_key, actor_key = jax.random.split(key, 3)
-    alpha = jnp.exp(agent.log_alpha)
-    # Until its own step the policy stands still: so the next actions of all critic steps are drawn at once, as are the subsets.
-    next_action, next_log_prob = sample(nets, agent.actor, batches.next_obs, next_key)
-    shuffled = jax.vmap(partial(jax.random.permutation, x=nets.critic.num))(jax.random.split(subset_key, bonus.shape[0]))
+    alpha = jnp.exp(agent.alpha.params)
+    # The policy stands still until its own step, so the next actions of all critic steps are drawn at once.
+    next_action, next_log_prob = sample(nets, agent.actor.params, batches.next_obs, next_key)
+    subset_keys = jax.random.split(subset_key, bonus.shape[0])
+    shuffled = jax.vmap(partial(jax.random.permutation, x=nets.critic.num))(subset_keys)
 
-    def fit(carry, xs):
-        critic, target_critic, opt = carry
-        batch, bonus, next_action, next_log_prob, subset = xs
+    def fit(critics, given):
+        critic, target_critic = critics
+        batch, bonus, next_action, next_log_prob, subset = given
         asked = jax.tree.map(lambda p: p[subset], target_critic)  # the other critics cost nothing
         next_q = nets.target.apply(asked, batch.next_obs, next_action).min(axis=0)
-        next_v = next_q - hyper.backup_entropy * alpha * next_log_prob
         task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-        target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
-        loss, grads = jax.value_and_grad(critic_loss)(critic, nets, batch.obs, batch.action, target_q)
-        critic, opt = descend(critic, opt, grads, hyper.critic_lr)
-        return (critic, optax.incremental_update(critic, target_critic, hyper.target_rate), opt), (loss, target_q.mean())
+        decay = hyper.discount * batch.discount
+        entropy = -hyper.backup_entropy * alpha * next_log_prob
+        target_q = jnp.clip(task_reward + decay * next_q, *q_bounds) + decay * entropy + bonus
+        rows = nets, batch.obs, batch.action
+        loss, critic = critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
+        target_critic = optax.incremental_update(critic.params, target_critic, hyper.target_rate)
+        return (critic, target_critic), (loss, target_q.mean())
 
-    carry = agent.critic, agent.target_critic, agent.critic_opt
-    xs = batches, bonus, next_action, next_log_prob, shuffled[:, : nets.target.num]
-    (critic, target_critic, critic_opt), (loss_q, q) = jax.lax.scan(fit, carry, xs)
+    given = batches, bonus, next_action, next_log_prob, shuffled[:, : nets.target.num]
+    (critic, target_critic), (loss_q, q) = jax.lax.scan(fit, (agent.critic, agent.target_critic), given)
 
-    obs = batches.obs[-1]
-    (loss_a, log_prob), grads = jax.value_and_grad(actor_loss, has_aux=True)(agent.actor, nets, critic, obs, alpha, actor_key)
-    actor, actor_opt = descend(agent.actor, agent.actor_opt, grads, hyper.actor_lr)
-    grads = jax.grad(alpha_loss)(agent.log_alpha, log_prob, hyper.entropy_per_action * nets.actor.action_size)
-    log_alpha, alpha_opt = descend(agent.log_alpha, agent.alpha_opt, grads, hyper.alpha_lr)
+    given = nets, critic.params, batches.obs[-1], alpha, actor_key
+    (loss_a, log_prob), actor = agent.actor.descend(actor_loss, hyper.actor_lr, *given, has_aux=True)
+    target_entropy = hyper.entropy_per_action * nets.actor.action_size
+    _, next_alpha = agent.alpha.descend(alpha_loss, hyper.alpha_lr, log_prob, target_entropy)
 
-    agent = Agent(actor, critic, target_critic, log_alpha, actor_opt, critic_opt, alpha_opt)
-    metrics = {"critic_loss": loss_q.mean(), "actor_loss": loss_a, "q": q.mean(), "alpha": alpha, "entropy": -log_prob}
-    return agent, {**metrics, "bonus": bonus.mean()}
+    metrics = {"critic_loss": loss_q.mean(), "actor_loss": loss_a, "bonus": bonus.mean()}
+    metrics |= {"q": q.mean(), "alpha": alpha, "entropy": -log_prob}
+    return Agent(actor, critic, target_critic, next_alpha), metrics
 
 
+# as in sac.py
 def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Actions [..., A] for observations [..., obs]: the squashed mean without a key, a sample with one."""
     return jnp.tanh(nets.actor.apply(actor, obs)[0]) if key is None else sample(nets, actor, obs, key)[0]
 
 
-class NoBonus:
-    """The interface of a bonus, and the one that is always 0. Its state is a pytree that only these methods look into."""
-
-    def init(self, key: jax.Array, offline: Transition | None):
-        return ()
-
-    def observe(self, state, rows: Transition):
-        return state  # with the rows just collected taken note of
-
-    def learn(self, state, batch: Transition, learning_rate):
-        return state  # after learning from the batch that the agent learns from next
-
-    def reward(self, state, batch: Transition) -> jax.Array:
-        """Bonus [B]."""
-        return jnp.zeros(batch.reward.shape)
+# as in sac.py
+def export(actor: dict) -> policy.Policy:
+    """The policy as a file that NumPy can run."""
+    return policy.mlp(actor["params"]["MLP_0"], gaussian=(-1.0, -20.0, 2.0))
 
 
+# as in ooo_iql.py
 @struct.dataclass
-class RNDState:
-    predictor: dict
+class RND:
+    """Random network distillation: a predictor learns a fixed random network, and errs on what is new."""
+
+    predictor: Learner
     target: dict
-    opt: tuple
     obs: Moments
     error: Moments
 
 
-class RNDBonus(NoBonus):
-    """Random network distillation: how badly a trained network predicts a fixed random one, over the running std of that error."""
-
-    def __init__(self, obs_size: int, variant: str, units: int):
-        self.obs_size, self.variant = obs_size, variant
-        self.net = MLP((units, units, units) if variant == "paper" else (units, units))
-
-    def init(self, key, offline):
-        keys, obs = jax.random.split(key), jnp.zeros((1, self.obs_size))
-        predictor, target = (self.net.init(k, obs) for k in keys)
-        fresh = Moments(jnp.zeros(self.obs_size), jnp.ones(self.obs_size), jnp.float32(1e-4))
-        error = Moments(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4))
-        return RNDState(predictor, target, optax.scale_by_adam().init(predictor), fresh, error)
-
-    def learn(self, state, batch, learning_rate):
-        state = state.replace(obs=state.obs.update(batch.obs))
-        grads = jax.grad(lambda predictor: self.errors(state.replace(predictor=predictor), batch).mean())(state.predictor)
-        predictor, opt = descend(state.predictor, state.opt, grads, learning_rate)
-        state = state.replace(predictor=predictor, opt=opt)
-        return state.replace(error=state.error.update(self.novelty(state, batch)))
-
-    def reward(self, state, batch):
-        return self.novelty(state, batch) / jnp.sqrt(state.error.var + 1e-8)
-
-    def novelty(self, state, batch):
-        errors = self.errors(state, batch)
-        return errors.sum(axis=-1) if self.variant == "paper" else errors.max(axis=-1)
-
-    def errors(self, state, batch):
-        """Squared errors [B, units] on clipped, normalised states (next states in the code's variant)."""
-        x = batch.obs if self.variant == "paper" else batch.next_obs
-        x = jnp.clip((x - state.obs.mean) / jnp.sqrt(state.obs.var + 1e-8), -5, 5)
-        return (self.net.apply(state.predictor, x) - self.net.apply(state.target, x)) ** 2
+# as in ooo_iql.py
+def init_rnd(static: Static, key: jax.Array) -> RND:
+    predictor, target = (static.nets.rnd.init(k, static.example.obs[None]) for k in jax.random.split(key))
+    return RND(Learner.create(predictor), target, Moments.fresh(*static.example.obs.shape), Moments.fresh())
 
 
-class Setup(NamedTuple):
-    """What is fixed when a program is compiled."""
+# as in ooo_iql.py
+def rnd_errors(static: Static, predictor: dict, rnd: RND, batch: Transition) -> jax.Array:
+    """Squared errors [B, units] on clipped, normalised states (next states in the code's variant)."""
+    x = batch.obs if static.args.rnd_variant == "paper" else batch.next_obs
+    x = jnp.clip((x - rnd.obs.mean) / jnp.sqrt(rnd.obs.var + 1e-8), -5, 5)
+    return (static.nets.rnd.apply(predictor, x) - static.nets.rnd.apply(rnd.target, x)) ** 2
 
-    args: Args
-    env: envs.Env | None
-    nets: Nets
-    exploiter: Nets
-    bonus: NoBonus
-    obs_size: int
+
+# as in ooo_iql.py
+def novelty(static: Static, rnd: RND, batch: Transition) -> jax.Array:
+    """How badly each row [B] is predicted."""
+    errors = rnd_errors(static, rnd.predictor.params, rnd, batch)
+    return errors.sum(axis=-1) if static.args.rnd_variant == "paper" else errors.max(axis=-1)
+
+
+# as in ooo_iql.py
+def learn_rnd(static: Static, rnd: RND, batch: Transition, learning_rate: jax.Array) -> RND:
+    """One gradient step of the predictor; the moments of states and errors take the batch in."""
+    rnd = rnd.replace(obs=rnd.obs.update(batch.obs))
+    loss = lambda params: rnd_errors(static, params, rnd, batch).mean()  # noqa: E731
+    rnd = rnd.replace(predictor=rnd.predictor.descend(loss, learning_rate)[1])
+    return rnd.replace(error=rnd.error.update(novelty(static, rnd, batch)))
+
+
+# as in rlpd.py
+def bonus(static: Static, memory: RND | tuple, batch: Transition) -> jax.Array:
+    """Bonus [B]: RND's error over its running standard deviation, or 0."""
+    if static.args.intrinsic == "rnd":
+        return novelty(static, memory, batch) / jnp.sqrt(memory.error.var + 1e-8)
+    return jnp.zeros(batch.reward.shape)
+
+
+def for_exploiter(static: Static) -> Static:
+    """`static` with the exploiter's networks: the explorer's; for sac, two critics without LayerNorm."""
+    if static.args.retrainer == "rlpd":
+        return static
+    critic = Critic(static.args.critic_hidden)
+    return static._replace(nets=static.nets._replace(critic=critic, target=critic))
 
 
 @struct.dataclass
@@ -402,199 +332,215 @@ class State:
 
     explorer: Agent
     exploiter: Agent
-    bonus: dict
+    bonus: RND | tuple
     env_state: envs.State | None
     ring: Transition | None
     key: jax.Array
 
 
-def init_state(setup: Setup, key: jax.Array) -> State:
-    args = setup.args
-    key, explorer, exploiter, bonus, env = jax.random.split(key, 5)
-    env_state = ring = None
-    if args.online_steps:
-        env_state = jax.vmap(setup.env.reset)(jax.random.split(env, args.num_envs))
-        obs, action, scalar = jnp.zeros(setup.obs_size), jnp.zeros(setup.nets.actor.action_size), jnp.float32(0)
-        ring = buffer.empty(Transition(obs, action, scalar, obs, scalar), args.buffer_size or args.online_steps)
-    agents = [init_agent(nets, setup.obs_size, args.init_alpha, k) for nets, k in ((setup.nets, explorer), (setup.exploiter, exploiter))]
-    return State(*agents, setup.bonus.init(bonus, None), env_state, ring, key)
+def init_state(static: Static, key: jax.Array) -> State:
+    key, explorer_key, exploiter_key, bonus_key, env_key = jax.random.split(key, 5)
+    explorer, exploiter = init_agent(static, explorer_key), init_agent(for_exploiter(static), exploiter_key)
+    memory = init_rnd(static, bonus_key) if static.args.intrinsic == "rnd" else ()
+    env_state, ring = start_online(static, env_key)
+    return State(explorer, exploiter, memory, env_state, ring, key)
 
 
-def sample_batches(args: Args, offline: Transition | None, ring: Transition | None, added: jax.Array, num: int, key: jax.Array):
-    """`num` batches [num, batch_size, ...], each with the share --offline-ratio of offline rows, or uniform over all rows.
-
-    `added` [] counts the rows that ever went into the ring.
-    """
-    filled, old_key, new_key = jnp.minimum(added, buffer.size(ring)), *jax.random.split(key)
-    if offline is None or ring is None or args.offline_ratio < 0:
-        index = jax.random.randint(old_key, (num, args.batch_size), 0, buffer.size(offline) + filled)
-    else:
-        num_old = round(args.offline_ratio * args.batch_size)
-        old = jax.random.randint(old_key, (num, num_old), 0, buffer.size(offline))
-        new = jax.random.randint(new_key, (num, args.batch_size - num_old), 0, filled) + buffer.size(offline)
-        index = jnp.concatenate([old, new], axis=1)
-    batch = buffer.take(offline, ring, index.reshape(-1))
-    return jax.tree.map(lambda x: x.reshape(num, args.batch_size, *x.shape[1:]), batch)
+# as in sac.py
+def sample_batches(offline: Transition | None, ring, added, ratio: float, shape: tuple, key) -> Transition:
+    """Rows [*shape, ...] in batches of shape[-1], a share `ratio` of them offline; below 0: all alike."""
+    num_old, num_new = buffer.size(offline), jnp.minimum(added, buffer.size(ring))
+    old_key, new_key = jax.random.split(key)
+    if offline is None or ring is None or ratio < 0:
+        return buffer.take(offline, ring, jax.random.randint(old_key, shape, 0, num_old + num_new))
+    *outer, rows = shape
+    old = jax.random.randint(old_key, (*outer, round(ratio * rows)), 0, num_old)
+    new = jax.random.randint(new_key, (*outer, rows - old.shape[-1]), 0, num_new) + num_old
+    return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
-def explore_update(setup: Setup, hyper: Hyper, learners: tuple, block: tuple):
-    """The bonus learns from all rows of a block, which is (batches [P, B, ...], key), then the agent from reward + c * bonus."""
-    (agent, novelty), (batches, key) = learners, block
+def optimistic_update(static: Static, hyper: Hyper, learners: tuple, block: tuple):
+    """The bonus learns from all rows of a block, (batches [P, B, ...], key), the agent from r + c * bonus."""
+    (agent, memory), (batches, key) = learners, block
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
-    novelty = setup.bonus.learn(novelty, rows, hyper.rnd_lr)
-    bonus = hyper.intrinsic_coef * setup.bonus.reward(novelty, rows).reshape(batches.reward.shape)
-    agent, metrics = update(setup.nets, hyper, agent, batches, bonus, (-jnp.inf, jnp.inf), key)
-    return (agent, novelty), metrics
+    if static.args.intrinsic == "rnd":
+        memory = learn_rnd(static, memory, rows, hyper.rnd_lr)
+    intrinsic = hyper.intrinsic_coef * bonus(static, memory, rows).reshape(batches.reward.shape)
+    agent, metrics = update(static.nets, hyper, agent, batches, intrinsic, (-jnp.inf, jnp.inf), key)
+    return (agent, memory), metrics
 
 
-def pretrain_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition, *, length: int):
-    """`length` gradient steps of the explorer on the offline rows: each one of critics, policy and alpha."""
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, *, length: int):
+    """`length` gradient steps of the explorer on the offline rows, each one of critics, policy and alpha."""
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
-        batches = sample_batches(setup.args, offline, None, 0, 1, sample_key)
-        (explorer, bonus), metrics = explore_update(setup, hyper, (state.explorer, state.bonus), (batches, update_key))
-        return state.replace(explorer=explorer, bonus=bonus, key=key), metrics
+        shape = (1, static.args.batch_size)
+        block = sample_batches(offline, None, 0, 1.0, shape, sample_key), update_key
+        (explorer, memory), metrics = optimistic_update(static, hyper, (state.explorer, state.bonus), block)
+        return state.replace(explorer=explorer, bonus=memory, key=key), metrics
 
     return scan_mean(step, state, length)
 
 
-def explore_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition | None, added: jax.Array, *, length: int):
-    """`length` steps of all environments, each followed by num_envs * utd_ratio critic steps once the random steps are over.
+def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
+    """`length` steps of all environments; once --random-steps are over, blocks of steps follow each of them.
 
-    `added` [] counts the online rows that earlier chunks collected.
+    `added` [] online rows come before.
     """
-    args, env = setup.args, setup.env
-    num_updates = round(args.num_envs * args.utd_ratio)
+    args = static.args
+    num_blocks = round(args.num_envs * args.utd_ratio) // args.policy_every
 
     def learn(learners, ring, added, key):
         sample_key, update_key = jax.random.split(key)
-        batches = sample_batches(args, offline, ring, added, num_updates, sample_key)
-        blocks = jax.tree.map(lambda x: x.reshape(-1, args.policy_every, *x.shape[1:]), batches)
-        keys = jax.random.split(update_key, num_updates // args.policy_every)
-        learners, metrics = jax.lax.scan(partial(explore_update, setup, hyper), learners, (blocks, keys))
+        shape = (num_blocks, args.policy_every, args.batch_size)
+        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
+        blocks = batches, jax.random.split(update_key, num_blocks)
+        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, blocks)
         return learners, jax.tree.map(jnp.mean, metrics)
 
-    def idle(learners, ring, added, key):
-        metrics = jax.eval_shape(learn, learners, ring, added, key)[1]
+    def idle(learners, *others):
+        metrics = jax.eval_shape(learn, learners, *others)[1]
         return learners, jax.tree.map(lambda x: jnp.zeros(x.shape), metrics)
 
     def step(carry):
         state, added = carry
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
         obs = state.env_state.obs
-        action = act(setup.nets, state.explorer.actor, obs, act_key)
-        action = jnp.where(added < args.random_steps, jax.random.uniform(act_key, action.shape, minval=-1.0), action)
-        advance = jax.vmap(partial(envs.step_and_reset, env))
-        env_state, reached = advance(state.env_state, action, jax.random.split(reset_key, args.num_envs))
+        action = act(static.nets, state.explorer.actor.params, obs, act_key)
+        at_random = jax.random.uniform(act_key, action.shape, minval=-1.0)
+        action = jnp.where(added < args.random_steps, at_random, action)
+        env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
-        learners, added = (state.explorer, setup.bonus.observe(state.bonus, rows)), added + args.num_envs
-        (explorer, bonus), metrics = jax.lax.cond(added > args.random_steps, learn, idle, learners, ring, added, learn_key)
-        return (State(explorer, state.exploiter, bonus, env_state, ring, key), added), {**metrics, **envs.tally(reached)}
+        added = added + args.num_envs
+
+        given = (state.explorer, state.bonus), ring, added, learn_key
+        (explorer, memory), metrics = jax.lax.cond(added > args.random_steps, learn, idle, *given)
+        state = State(explorer, state.exploiter, memory, env_state, ring, key)
+        return (state, added), {**metrics, **envs.tally(reached)}
 
     (state, _), metrics = scan_mean(step, (state, added), length)
     return state, metrics
 
 
+# as in ooo_iql.py
 def value_range(low: jax.Array, high: jax.Array, discount: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What Q can be if rewards lie in [low, high] and an episode may terminate after any step, the first one included."""
-    return jnp.minimum(low, low / (1 - discount)), jnp.maximum(high, high / (1 - discount))
+    """What Q can be if rewards lie in [low, high] and an episode may terminate after any step."""
+    far = [jnp.where(r == 0, 0.0, r / (1 - discount)) for r in (low, high)]  # 0, too, without discount
+    return jnp.minimum(low, far[0]), jnp.maximum(high, far[1])
 
 
-def retrain_chunk(setup: Setup, state: State, hyper: Hyper, offline: Transition | None, added: jax.Array, *, length: int):
-    """`length` gradient steps of the exploiter on the task reward of the offline rows and the `added` [] online ones."""
-    args, ring, q_bounds = setup.args, state.ring, (-jnp.inf, jnp.inf)
+def retrain_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
+    """`length` gradient steps of the exploiter on offline rows and the `added` [] online ones alike."""
+    args, nets, ring, q_bounds = static.args, for_exploiter(static).nets, state.ring, (-jnp.inf, jnp.inf)
     filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
-    reward = jnp.concatenate([rows.reward for rows in (offline, ring) if rows is not None])
-    seen = jnp.arange(len(reward)) < filled
+    reward, seen = buffer.rewards(offline, ring, added)
     low, high = jnp.min(reward, where=seen, initial=jnp.inf), jnp.max(reward, where=seen, initial=-jnp.inf)
-    if args.bound_q:
-        q_bounds = value_range(*(hyper.reward_scale * r + hyper.reward_bias for r in (low, high)), hyper.discount)
-    best = seen & (reward == high)
-    num_best = round(args.upsample * args.batch_size)
-    best_rows = jnp.nonzero(best, size=len(reward), fill_value=0)[0]
+    if args.bound_q and not args.frozen_bonus:
+        extremes = (hyper.reward_scale * r + hyper.reward_bias for r in (low, high))
+        q_bounds = value_range(*extremes, hyper.discount)
+    best, num_best = seen & (reward == high), round(args.upsample * args.batch_size)
+    best_rows = jnp.nonzero(best, size=len(reward), fill_value=0)[0] if num_best else None
 
     def step(carry):
         exploiter, key = carry
         key, sample_key, best_key, update_key = jax.random.split(key, 4)
         index = jax.random.randint(sample_key, (args.batch_size - num_best,), 0, filled)
-        up_sampled = best_rows[jax.random.randint(best_key, (num_best,), 0, best.sum())]
-        batch = buffer.take(offline, ring, jnp.concatenate([index, up_sampled]))
-        bonus = hyper.intrinsic_coef * setup.bonus.reward(state.bonus, batch) if args.frozen_bonus else jnp.zeros(args.batch_size)
-        block = jax.tree.map(lambda x: x[None], (batch, bonus))
-        exploiter, metrics = update(setup.exploiter, hyper, exploiter, *block, q_bounds, update_key)
+        if num_best:
+            again = best_rows[jax.random.randint(best_key, (num_best,), 0, best.sum())]
+            index = jnp.concatenate([index, again])
+        batch = buffer.take(offline, ring, index)
+        frozen = hyper.intrinsic_coef * bonus(static, state.bonus, batch)
+        intrinsic = frozen if args.frozen_bonus else jnp.zeros(args.batch_size)
+        block = jax.tree.map(lambda x: x[None], (batch, intrinsic))
+        exploiter, metrics = update(nets, hyper, exploiter, *block, q_bounds, update_key)
         return (exploiter, key), metrics
 
     (exploiter, key), metrics = scan_mean(step, (state.exploiter, state.key), length)
     return state.replace(exploiter=exploiter, key=key), metrics
 
 
-def make_setup(args: Args, offline: Transition | None) -> Setup:
-    """Environment, networks and bonus for `args`, or the reason why they do not go together."""
-    env = None if args.env == "none" else envs.make(args.env, args.physics)
-    obs_size, action_size = (env.observation_size, env.action_size) if env else (offline.obs.shape[1], offline.action.shape[1])
+# as in rlpd.py
+def check_critics(args: Args) -> None:
+    """Raises UsageError if the numbers of critics or of their steps do not go together."""
     if args.target_subset > args.ensemble:
-        raise cli.UsageError(f"--target-subset {args.target_subset} is more than the --ensemble of {args.ensemble} critics")
+        raise UsageError(
+            f"--target-subset {args.target_subset} is more than the --ensemble of {args.ensemble} critics"
+        )
     num_updates = round(args.num_envs * args.utd_ratio) if args.online_steps else 0
     if num_updates % args.policy_every:
-        raise cli.UsageError(f"--policy-every {args.policy_every} must divide num_envs * utd_ratio, {num_updates}")
-    actor, hidden = Actor(args.hidden, action_size), args.critic_hidden
-    nets = lambda num, subset, norm: Nets(actor, Critic(hidden, num, norm), Critic(hidden, subset, norm))  # noqa: E731
-    explorer = nets(args.ensemble, args.target_subset, args.layer_norm)
-    exploiter = explorer if args.retrainer == "rlpd" else nets(2, 2, False)
-    bonus = RNDBonus(obs_size, args.rnd_variant, args.rnd_units) if args.intrinsic == "rnd" else NoBonus()
-    return Setup(args, env, explorer, exploiter, bonus, obs_size)
+        raise UsageError(
+            f"--policy-every {args.policy_every} must divide num_envs * utd_ratio, {num_updates}"
+        )
 
 
-def make_plan(args: Args) -> list[cli.Chunk]:
+def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then exploration with a retraining at each of --retrain-at."""
-    plan, now = cli.chunks(args, "offline", 0, args.offline_steps), 0
+    check_critics(args)
+    plan, now = [Phase("offline", 0, args.offline_steps, "explorer")], 0
     stops = sorted(set(args.retrain_at or (args.online_steps,)))
     for stop in stops:
-        plan += cli.chunks(args, "online", now, stop)
-        phase = "retrained" if stop == stops[-1] else f"retrained@{stop}"
-        plan += cli.chunks(args, phase, 0, args.retrain_steps, collected=stop)
+        name = "retrained" if stop == stops[-1] else f"retrained@{stop}"
+        plan.append(Phase("online", now, stop, "explorer", acts=True))
+        plan.append(Phase(name, 0, args.retrain_steps, "exploiter", collected=stop))
         now = stop
-    return plan + cli.chunks(args, "online", now, args.online_steps)
+    return [*plan, Phase("online", now, args.online_steps, "explorer", acts=True)]
 
 
-def main() -> None:
-    args = cli.parse(Args, SETTINGS)
-    if args.dataset == "own":
-        args = replace(args, dataset=datasets.own(args.env))
-        cli.check(args)
-    hyper, labels = cli.grid(args)
-    data = cli.load_dataset(args)
-    offline = data and data.transitions
-    setup, mesh = make_setup(args, offline), mesh_for(len(labels))
-    evaluate = Evaluator(args, setup.env, partial(act, setup.nets), mesh, setup.obs_size, setup.nets.actor.action_size)
-    run = Run("ooo_rlpd", args, labels, data and data.card)
+# as in rlpd.py
+def make_nets(session: Session) -> Nets:
+    """The networks: RND's has one hidden layer less in the code's variant."""
+    args, units = session.args, session.args.rnd_units
+    critics = (args.ensemble, args.target_subset)
+    critic, target = (Critic(args.critic_hidden, num, args.layer_norm) for num in critics)
+    rnd = MLP((units, units, units) if args.rnd_variant == "paper" else (units, units))
+    return Nets(Actor(args.hidden, session.action_size), critic, target, rnd)
 
-    initialise = Compiled(partial(init_state, setup), mesh)
-    pretrain = Compiled(partial(pretrain_chunk, setup), mesh, shared=(2,), donate=(0,))
-    explore = Compiled(partial(explore_chunk, setup), mesh, shared=(2, 3), donate=(0,))
-    retrain = Compiled(partial(retrain_chunk, setup), mesh, shared=(2, 3), donate=(0,))
-    run.programs = {"offline": pretrain, "online": explore, "retrained": retrain}
-    offline, hyper = place(offline, mesh, EVERYWHERE), place(hyper, mesh, RUNS)
-    keys = place(jnp.stack([jax.random.PRNGKey(label.seed) for label in labels]), mesh, RUNS)
-    done, state = run.restore(initialise(keys))
 
-    for position, chunk in run.progress(make_plan(args), done):
+def train(args: Args) -> Result:
+    """All phases for all seeds: what the command does, and what Python may call."""
+    session = Session("ooo_rlpd", args, make_plan)
+    args, offline, hyper = session.args, session.offline, session.hyper
+    nets, functions = make_nets(session), (init_state, pretrain_chunk, explore_chunk, retrain_chunk)
+    initialise, pretrain, explore, retrain = session.compile(session.static(nets), *functions)
+    state = session.begin(initialise(session.keys), partial(act, nets))
+
+    for chunk in session.chunks():
         if chunk.phase == "offline":
-            state, metrics = pretrain(state, hyper, offline, length=chunk.length)
+            state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         elif chunk.phase == "online":
-            state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.length // args.num_envs)
+            state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.iterations)
         else:
             if chunk.first and not args.warm_start:
-                state = state.replace(exploiter=initialise(keys).exploiter)
-            state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.length)
-        agent = state.exploiter if chunk.phase.startswith("retrained") else state.explorer
-        run.after(chunk, metrics, agent, state, position, evaluate, keys)
+                state = state.replace(exploiter=initialise(session.keys).exploiter)
+            state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
+        session.after(chunk, metrics, state)
 
-    actors = {"explorer": state.explorer.actor, "exploiter": state.exploiter.actor}
-    report.conclude(run, setup.env, data and data.transitions, state.ring, actors)
+    policies = {"explorer": state.explorer, "exploiter": state.exploiter}
+    return session.conclude(state, export, policies, stages=("offline", "online", "retrained"))
+
+
+# Settings of RLPD and OOO by environment family; those of mazes and of the point mass are ours.
+# Goals pay -1 until there.
+GOAL = dict(hidden=(256, 256, 256), critic_hidden=(256, 256, 256), backup_entropy=0)
+FAMILIES = {
+    "point-mass-wall": dict(
+        hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+        target_rate=0.02, backup_entropy=0, online_steps=96_000, num_envs=48, utd_ratio=1 / 6, policy_every=4,
+        random_steps=4_800, rnd_units=64),
+    "point-mass-wall-sparse": dict(reward_bias=-1),
+    "tiny": dict(
+        hidden=(16, 16), critic_hidden=(16, 16), random_steps=16, ensemble=3, target_subset=2, policy_every=2,
+        rnd_units=16, retrain_steps=80),
+    "probe": dict(
+        hidden=(32, 32), critic_hidden=(32, 32), online_steps=8_000, random_steps=0, utd_ratio=1,
+        policy_every=2),
+    ("halfcheetah-sparse", "ant-sparse"): dict(upsample=32 / 288),
+    ("antmaze", "maze2d"): dict(**GOAL, reward_bias=-1, upsample=8 / 256),
+    ("door", "pen", "relocate"): GOAL,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
-    cli.guarded(main)
+    launch(Args, train)

@@ -1,16 +1,27 @@
-"""Environments by name: `envs.make("antmaze-large-diverse")`, `envs.names()`."""
+"""Environments by name.
+
+`envs.make("antmaze-large-diverse")` builds one, `envs.names()` lists all, and `envs.register` adds your own.
+"""
 
 import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
 from functools import partial
 
-from envs import adroit, antmaze, locomotion, maze2d, probes
-from envs.base import Env, State, Task, step_and_reset, tally
-from envs.physics import ENGINES
-from envs.point_mass_wall import PointMassWall
+from ooo_rl.envs import adroit, antmaze, locomotion, maze2d, probes
+from ooo_rl.envs.base import Env, State, Task, step_all, step_and_reset, tally
+from ooo_rl.envs.engines.physics import ENGINES
+from ooo_rl.envs.point_mass_wall import PointMassWall
 
-__all__ = ["ENGINES", "Env", "State", "Task", "make", "names", "step_and_reset", "tally"]
+__all__ = [
+    "ENGINES", "Env", "State", "Task", "is_ours", "make", "names", "register",
+    "step_all", "step_and_reset", "tally",
+]  # fmt: skip
 
-_JAX_TASKS = {  # computed in JAX by hand: no physics engine behind them
+_JAX_TASKS = {  # written in JAX by hand, without a physics engine
     "point-mass-wall": PointMassWall,
     "point-mass-wall-sparse": partial(PointMassWall, reward="goal"),
     "probe-constant-reward": probes.ConstantReward,
@@ -22,13 +33,13 @@ _JAX_TASKS = {  # computed in JAX by hand: no physics engine behind them
     **{f"maze2d-{maze}-dense": partial(maze2d.Maze2D, maze, "dense") for maze in maze2d.MAZES},
     "maze2d-large-missing-data": partial(maze2d.Maze2D, "large"),
 }
-_ANTMAZES = {  # the names tell datasets apart; environments differ by maze alone
+_ANTMAZES = {  # one name per dataset; the environments differ only by maze
     "umaze": ("umaze", "umaze-diverse"),
     "medium": ("medium-play", "medium-diverse"),
     "large": ("large-play", "large-diverse", "large-goal-missing"),
 }
 _BINARY = {"door": adroit.Door, "pen": adroit.Pen, "relocate": adroit.Relocate}
-_BODIES = {  # models of MuJoCo: one of several engines moves them
+_BODIES = {  # MuJoCo models: `physics` chooses the engine that simulates them
     "halfcheetah": locomotion.HalfCheetah,
     "halfcheetah-sparse": locomotion.HalfCheetahSparse,
     "hopper": locomotion.Hopper,
@@ -37,7 +48,11 @@ _BODIES = {  # models of MuJoCo: one of several engines moves them
     "ant-sparse": locomotion.AntSparse,
     "ant-walk": antmaze.AntWalk,
     **{f"antmaze-{name}": partial(antmaze.AntMaze, maze) for maze, own in _ANTMAZES.items() for name in own},
-    **{f"antmaze-{name}-v0": partial(antmaze.AntMaze, maze, "fixed") for maze, own in _ANTMAZES.items() for name in own},
+    **{
+        f"antmaze-{name}-v0": partial(antmaze.AntMaze, maze, "fixed")
+        for maze, own in _ANTMAZES.items()
+        for name in own
+    },
     **{f"antmaze-{maze}-gymnasium": partial(antmaze.AntMaze, maze, ant="gymnasium") for maze in _ANTMAZES},
     "door": adroit.Door,
     "hammer": adroit.Hammer,
@@ -45,24 +60,101 @@ _BODIES = {  # models of MuJoCo: one of several engines moves them
     "pen": adroit.Pen,
     "relocate": adroit.Relocate,
     **{f"{name}-binary": partial(task, reward="binary") for name, task in _BINARY.items()},
-    **{f"{name}-binary-ending": partial(task, reward="binary", end_at_success=True) for name, task in _BINARY.items()},
+    **{
+        f"{name}-binary-ending": partial(task, reward="binary", end_at_success=True)
+        for name, task in _BINARY.items()
+    },
 }
 
 
+_REGISTERED: dict[str, Callable[..., Env]] = {}  # what `register` added
+
+
+def register(name: str, task: Callable[..., Env]) -> None:
+    """Adds an environment under `name`, for `make` and for all scripts.
+
+    `task` is a class, or a function that returns an environment. `make` calls it with its own settings, and
+    with `physics` if `task` has a parameter of that name. Raises ValueError if the name is taken, empty, or
+    holds a colon, slash or space.
+    """
+    if name in names():
+        raise ValueError(f"an environment {name!r} exists already; choose another name")
+    if not name or set(name) & set(":/ "):
+        raise ValueError(
+            f"{name!r} cannot be an environment's name: it is empty, or holds a colon, slash or space"
+        )
+    _REGISTERED[name] = task
+
+
 def names() -> list[str]:
-    """Every name that `make` knows."""
-    return sorted({**_JAX_TASKS, **_BODIES})
+    """All names that `make` knows, sorted."""
+    return sorted({**_JAX_TASKS, **_BODIES, **_REGISTERED})
+
+
+def is_ours(name: str) -> bool:
+    """Whether `name` is one of the environments that come with this package."""
+    return name in _JAX_TASKS or name in _BODIES
 
 
 def make(name: str, physics: str = "auto", **settings) -> Env:
-    """The environment `name`; `settings` go to its constructor. Raises ValueError, with the near names, if there is none."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
-        raise ValueError(f"unknown environment {name!r}; did you mean {', '.join(near)}? All: {', '.join(names())}")
+    """Builds the environment `name`; `settings` go to its constructor.
+
+    `name` is one of `names()`, or `my_package.my_module:MyTask`: a class or function that can be imported
+    from the working directory. `physics` is one of `ENGINES`. Raises ValueError if there is no such
+    environment (the message lists similar names), or if `physics` is unknown or does not fit.
+    """
     if physics not in ENGINES:
         raise ValueError(f"unknown physics {physics!r}; choose one of {', '.join(ENGINES)}")
     if name in _BODIES:
         return _BODIES[name](physics=physics, **settings)
+    if ":" in name or name in _REGISTERED:
+        return _make_users(name, physics, settings)
+    if name not in _JAX_TASKS:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
+        raise ValueError(
+            f"unknown environment {name!r}; did you mean {', '.join(near)}? All names: {', '.join(names())}"
+        )
     if physics != "auto":
-        raise ValueError(f"{name} is computed in JAX by hand and has no engine to choose; leave --physics auto, not {physics}")
+        raise ValueError(
+            f"{name} is written in JAX and uses no physics engine; leave --physics auto, not {physics}"
+        )
     return _JAX_TASKS[name](**settings)
+
+
+def _make_users(name: str, physics: str, settings: dict) -> Env:
+    """Builds a user's environment: one that was registered, or one to import."""
+    task = _REGISTERED[name] if name in _REGISTERED else _imported(name)
+    if "physics" in inspect.signature(task).parameters:
+        settings = {**settings, "physics": physics}
+    elif physics != "auto":
+        raise ValueError(f"{name} has no parameter `physics`; leave --physics auto, not {physics}")
+    env = task(**settings)
+    missing = [
+        part
+        for part in ("reset", "step", "observation_size", "action_size", "horizon")
+        if not hasattr(env, part)
+    ]
+    if missing:
+        raise ValueError(
+            f"{name} is not an environment: it has no {', '.join(missing)}; "
+            "docs/contributing.md says what an environment needs"
+        )
+    return env
+
+
+def _imported(name: str) -> Callable[..., Env]:
+    """The class or function `my_package.my_module:MyTask`; the working directory is searched as well."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"cannot import {module!r} from the working directory ({error}); write --env my_module:MyTask"
+        ) from None
+    if not hasattr(found, attribute):
+        raise ValueError(f"the module {module!r} has no {attribute!r}; write --env my_module:MyTask")
+    if not callable(task := getattr(found, attribute)):
+        raise ValueError(f"{name} is not an environment: it is neither a class nor a function")
+    return task

@@ -1,21 +1,26 @@
-"""The four hands of D4RL and of the papers: open a door, drive in a nail, turn a pen, carry a ball (Adroit).
+"""The four Adroit tasks of D4RL: a hand opens a door, hammers in a nail, turns a pen, or carries a ball.
 
-A hand of 24 joints on an arm of up to six, position control, 0.01 s per step. Models are the XML files of gymnasium-robotics; rewards,
-horizons, endings and starts are D4RL's (d4rl/hand_manipulation_suite at 89141a6; mj_envs for the binary variants). What
-gymnasium-robotics 1.2.1 to 1.4.2 has otherwise does not reach us: the sign of the palm's distance in three rewards, a pen that never
-ends and plays 200 steps, and states that cannot be put back.
+The hand has 24 joints, and its arm up to six. Actuators control joint positions; a step takes 0.01 s. The
+models are the XML files of gymnasium-robotics. Rewards, horizons, terminations and starts are D4RL's
+(d4rl/hand_manipulation_suite at 89141a6); the binary variants follow mj_envs. gymnasium-robotics 1.2.1 to
+1.4.2 differs from D4RL, but these differences do not affect this module: in three rewards the palm's
+distance has the wrong sign, the pen's episodes never terminate and have 200 steps, and states cannot be
+restored.
 
-`model` chooses what is simulated, on any engine that can:
+`model` chooses the model to simulate, on every engine that supports it:
 
-==========  ======================================================================================================================
-shipped     the XML file to the letter
-d4rl        contact margins as when D4RL's data were recorded: since MuJoCo 3.5 the margins of two geoms add up, where the larger one
-            counted. 0.25 mm on every geom give each pair its old 0.5 mm
-mjx         d4rl, and what MJX needs: see `for_mjx`
-auto        mjx on MJX's engines, d4rl on the C engine
-==========  ======================================================================================================================
+=======  ==================================================================================================
+shipped  the XML file without changes
+d4rl     the contact margins with which D4RL's data were recorded. Before MuJoCo 3.5, the margin of a pair
+         was the larger one of its two geoms; since 3.5 it is their sum. With 0.25 mm on every geom, each
+         pair has its old 0.5 mm
+mjx      d4rl, with the changes that MJX needs: see `for_mjx`
+auto     mjx on MJX's engines, d4rl on the C engine
+=======  ==================================================================================================
 
-Positions in observations and rewards are those of the last physics step's beginning (2 ms old), while joints are current, as in D4RL.
+In all of them the constructor sets the gains of the actuators, as D4RL's does. As in D4RL, joint angles in
+observations and rewards are current, but positions of bodies and sites are 2 ms old: they belong to the
+beginning of the last physics step.
 """
 
 import importlib.util
@@ -27,24 +32,35 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs.physics import Body, PhysicsTask, Scene, resolve
+from ooo_rl.envs.physics_task import Body, PhysicsTask, Scene, resolve
 
 MODELS = ("auto", "shipped", "d4rl", "mjx")
 REWARDS = ("dense", "binary")
-MARGIN = 0.00025  # of every geom, in metres
-MAX_CONTACTS = 16  # of a kind, on MJX; experts' episodes have up to 16 at once, random ones more
+MARGIN = 0.00025  # contact margin of every geom, in metres
+# On MJX, for each contact dimension (condim). Experts' episodes have up to 16 at once, random ones more.
+MAX_CONTACTS = 16
 
 
 def assets() -> pathlib.Path:
-    """Where gymnasium-robotics keeps the models; it is not imported, for what it prints then."""
+    """The folder in which gymnasium-robotics keeps the models.
+
+    The package is not imported, because it prints messages at import. Raises ValueError if it is not
+    installed.
+    """
     found = importlib.util.find_spec("gymnasium_robotics")
     if found is None or found.origin is None:
-        raise ValueError("the hands need the models of gymnasium-robotics, which is not installed: pip install '.[robotics]'")
+        raise ValueError(
+            "the hands need the models of gymnasium-robotics, which is not installed: "
+            "pip install '.[robotics]'"
+        )
     return pathlib.Path(found.origin).parent / "envs" / "assets" / "adroit_hand"
 
 
 def load_model(file: str, kind: str) -> mujoco.MjModel:
-    """The model in `file`, as `kind` (one of `MODELS`, but auto) has it."""
+    """Loads the model in `file` as `kind`, which is any of `MODELS` except "auto".
+
+    Raises ValueError, with MuJoCo's reason, if MuJoCo cannot load the file.
+    """
     path = assets() / file
     try:
         spec = mujoco.MjSpec.from_file(str(path))
@@ -53,7 +69,9 @@ def load_model(file: str, kind: str) -> mujoco.MjModel:
         model = spec.compile()
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: MuJoCo refuses this model ({reason}); reinstall gymnasium-robotics") from None
+        raise ValueError(
+            f"{path}: MuJoCo refuses this model ({reason}); reinstall gymnasium-robotics"
+        ) from None
     for name, gain in (("A_WRJ1", 10), ("A_WRJ0", 10)) + tuple((name, 1) for name in fingers(model)):
         row = model.actuator(name).id
         model.actuator_gainprm[row, :3], model.actuator_biasprm[row, :3] = (gain, 0, 0), (0, -gain, 0)
@@ -63,22 +81,29 @@ def load_model(file: str, kind: str) -> mujoco.MjModel:
 
 
 def for_mjx(spec: mujoco.MjSpec) -> None:
-    """What MJX needs of a model, and nothing that an expert's episodes would show (docs/adroit.md has the measurements).
+    """Makes the changes that MJX needs. They do not show in experts' episodes (measurements: docs/adroit.md).
 
-    * The nail's head, a disc, is a box of the same area and thickness, and its shaft a capsule: MJX has no contacts of two cylinders that
-      agree with C. All other cylinders stay (envs/cylinders.py).
-    * Only what the task needs may touch: see `touch`. One of the hand's 19 pairs with itself goes, thumb and palm, for its compile time.
-    * At most `MAX_CONTACTS` contacts of a kind (as many directions of friction) count, the deepest ones.
-    * Where a cylinder lies on a box, C makes one contact, not two (a flag that only the C engine reads).
-    * Of the sensors those stay that are observed. The nail's feels what happens inside a disc a little smaller than its head; MJX knows
-      no discs there, hence a box around it.
+    * The nail's head, a disc, becomes a box of the same area and thickness, and its shaft a capsule. The
+      reason is that MJX's contacts between two cylinders do not agree with C's. All other cylinders stay as
+      they are (envs/engines/cylinders.py).
+    * Only geoms that the task needs may touch: see `touch`. Of the hand's 19 pairs for contact with itself,
+      one is removed, thumb and palm, because it takes long to compile.
+    * For each contact dimension (condim), at most `MAX_CONTACTS` contacts count, the deepest ones.
+    * Where a cylinder lies on a box, C makes one contact, not two. Only the C engine reads this flag.
+    * Only the sensor that is observed stays, the nail's. It measures the contact inside a disc that is a
+      little smaller than the nail's head. MJX does not support a disc here, so it becomes a box around the
+      disc.
     """
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CYLINDER and geom.parent.name == "nail":
             radius, half = geom.size[:2]
             disc = radius > half
             geom.type = mujoco.mjtGeom.mjGEOM_BOX if disc else mujoco.mjtGeom.mjGEOM_CAPSULE
-            geom.size = [radius * np.pi**0.5 / 2, radius * np.pi**0.5 / 2, half] if disc else [radius, half - radius, 0]
+            geom.size = (
+                [radius * np.pi**0.5 / 2, radius * np.pi**0.5 / 2, half]
+                if disc
+                else [radius, half - radius, 0]
+            )
         geom.contype, geom.conaffinity = touch(geom, spec.modelname)
     for pair in list(spec.pairs):
         if {pair.geomname1, pair.geomname2} == {"C_palm0", "C_thdistal"}:
@@ -93,15 +118,21 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_MULTICCD
 
 
-FINGERS, PALM, THING, BOLT = 1, 2, 4, 8  # bits of what touches what
+FINGERS, PALM, THING, BOLT = 1, 2, 4, 8  # collision bits: the groups of geoms that may touch
 
 
 def touch(geom: mujoco.MjsGeom, model: str) -> tuple[int, int]:
-    """(contype, conaffinity) of a geom: what it is, and what of the hand and of other things it touches.
+    """(contype, conaffinity) of a geom: the group it belongs to, and the groups that it touches.
 
-    Left out is what never happens in an expert's episode and would cost MJX much: palm against table, door and board (boxes all), door and
-    board and nail against the table, the hand of the pen against the table, which it cannot reach, anything but the thing itself against
-    the floor; and what is no body at all: the drawn target of the pen, and two cubes of 2 mm inside the thumb.
+    Some pairs never touch in an expert's episode and would cost MJX much time. They are left out:
+
+    * the palm against table, door and board, all of which are boxes
+    * door, board and nail against the table
+    * the pen task's hand against the table, which it cannot reach
+    * everything except the object itself against the floor
+
+    Geoms that are not physical are left out as well: the drawn target of the pen, and two cubes of 2 mm
+    inside the thumb.
     """
     name, body = geom.name, geom.parent.name
     if (not geom.contype and not geom.conaffinity) or name in ("V_thbase", "V_thhub") or body == "target":
@@ -112,7 +143,7 @@ def touch(geom: mujoco.MjsGeom, model: str) -> tuple[int, int]:
     if body == "Object":
         return THING, FINGERS | PALM
     if task == "door":
-        bolt = BOLT if body == "frame" else 0  # the latch's bolt holds the door by the frame
+        bolt = BOLT if body == "frame" else 0  # the latch's bolt locks the door to the frame
         hand = FINGERS if geom.type == mujoco.mjtGeom.mjGEOM_BOX else FINGERS | PALM
         is_bolt = body == "latch" and geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE
         return BOLT if is_bolt else 0, 0 if name == "ground" else hand | bolt
@@ -120,28 +151,34 @@ def touch(geom: mujoco.MjsGeom, model: str) -> tuple[int, int]:
 
 
 def fingers(model: mujoco.MjModel) -> list[str]:
-    """Names of the actuators of fingers and thumb."""
+    """The names of the actuators of fingers and thumb."""
     names = [model.actuator(row).name for row in range(model.nu)]
     return names[names.index("A_FFJ3") : names.index("A_THJ0") + 1]
 
 
 class Hand(PhysicsTask):
-    """What the four have in common. `scene` [m] is what an episode draws: where things stand, or which way the pen is to point.
+    """Base class of the four tasks.
 
-    reward: "dense", or "binary": success - 1, which never ends an episode. `end_at_success` ends it with the first success instead, as
-    Cal-QL's sampler did.
+    Each episode draws a `scene` [m]: the positions of things, or the direction in which the pen must point.
+
+    `reward` is "dense", or "binary": success - 1. With the binary reward, episodes do not terminate. With
+    `end_at_success`, an episode terminates at its first success, as in Cal-QL's sampler. `model` is one of
+    `MODELS`. Raises ValueError for settings that do not exist.
     """
 
     file: str
     horizon = 200
-    sizes: tuple[int, int]  # of observations and scene
-    low: tuple[float, ...]  # what scenes are drawn from
+    sizes: tuple[int, int]  # of observation and scene
+    low: tuple[float, ...]  # bounds of the uniform distribution of scenes
     high: tuple[float, ...]
     demonstrated: ClassVar[tuple[str, ...]]  # names of the scene's parts in DAPG's demonstrations
-    view = (0.0, -0.15, 0.15, 1.1, 120.0, -25.0)  # of a camera: what it looks at, in metres, its distance, azimuth and elevation in degrees
-    held = 25  # more successful steps than these make a successful episode for DAPG and D4RL
+    # A camera: the point (x, y, z) it looks at and its distance in metres, azimuth and elevation in degrees.
+    view = (0.0, -0.15, 0.15, 1.1, 120.0, -25.0)
+    held = 25  # for DAPG and D4RL, an episode is a success if more steps than this are
 
-    def __init__(self, physics: str = "auto", model: str = "auto", reward: str = "dense", end_at_success: bool = False):
+    def __init__(
+        self, physics: str = "auto", model: str = "auto", reward: str = "dense", end_at_success: bool = False
+    ):
         for name, value, known in (("model", model, MODELS), ("reward", reward, REWARDS)):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
@@ -152,15 +189,18 @@ class Hand(PhysicsTask):
         self._probe()
 
     def scene(self, model: mujoco.MjModel) -> Scene:
-        """What varies between episodes and what is watched."""
+        """What varies between episodes, and what is watched."""
         raise NotImplementedError
 
     def judge(self, body: Body) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dense reward [], success [] bool, whether the task has failed for good [] bool)."""
+        """Returns (dense reward [], success [] bool, whether the episode has failed for good [] bool)."""
         raise NotImplementedError
 
     def _probe(self) -> None:
-        """Finds what is watched at the start as a function of the scene: what stands still moves with it, the rest not at all."""
+        """Measures how the watched values at the start depend on the scene, and stores it in `rest`.
+
+        What is fixed to the scene moves with it, and nothing else does. So positions depend on it linearly.
+        """
         watching, data = self.engine.scene, mujoco.MjData(self.model)
         nominal = watching.nominal(self.model)
 
@@ -177,25 +217,34 @@ class Hand(PhysicsTask):
         look(nominal)
 
     def at_rest(self, scene: jax.Array) -> jax.Array:
-        """What is watched [w] while all joints are at 0: the engine need not be asked at every start."""
+        """The watched values [w] when all joints are at 0. So no start needs to ask the engine for them."""
         base, slope, nominal = map(jnp.asarray, self.rest)
         return base + slope @ (scene - nominal)
 
     def draw(self, key: jax.Array) -> jax.Array:
-        """The scene [m] of an episode."""
-        return jax.random.uniform(key, (len(self.low),), minval=jnp.asarray(self.low, float), maxval=jnp.asarray(self.high, float))
+        """Draws the scene [m] of an episode."""
+        return jax.random.uniform(
+            key, (len(self.low),), minval=jnp.asarray(self.low, float), maxval=jnp.asarray(self.high, float)
+        )
 
     def start(self, key: jax.Array) -> Body:
         scene = self.draw(key)
-        return self.engine.begin(jnp.zeros(self.model.nq), jnp.zeros(self.model.nv), scene, self.at_rest(scene))
+        return self.engine.begin(
+            jnp.zeros(self.model.nq), jnp.zeros(self.model.nv), scene, self.at_rest(scene)
+        )
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array, scene: jax.Array | None = None):
-        """As for every body; `scene` [m] is by default the model's own. Joints and scene mean what they mean in D4RL."""
+        """As in `PhysicsTask`, with a `scene` [m], by default the model's own.
+
+        Joints and scene have the same meaning as in D4RL. Raises ValueError for wrong shapes.
+        """
         body = self.put(qpos, qvel)
         if scene is None:
             return self.begin(body)
         if jnp.shape(scene) != (self.sizes[1],):
-            raise ValueError(f"{type(self).__name__} needs a scene {(self.sizes[1],)}, not {jnp.shape(scene)}")
+            raise ValueError(
+                f"{type(self).__name__} needs a scene {(self.sizes[1],)}, not {jnp.shape(scene)}"
+            )
         return self.begin(self.engine.begin(body.qpos, body.qvel, jnp.asarray(scene, float)))
 
     def advance(self, inner: Body, action: jax.Array):
@@ -206,12 +255,12 @@ class Hand(PhysicsTask):
         return body, reward, ended, success
 
     def points(self, body: Body) -> jax.Array:
-        """Positions [n, 3] of the watched sites, in their order."""
+        """The positions [n, 3] of the watched sites, in the order of `Scene.sites`."""
         sites = len(self.engine.scene.sites)
         return body.watched[: 3 * sites].reshape(sites, 3)
 
     def object(self, body: Body) -> tuple[jax.Array, jax.Array]:
-        """Position [3] and quaternion [4] of the thing that the hand moves."""
+        """The position [3] and quaternion [4] of the object that the hand moves."""
         begin = 3 * len(self.engine.scene.sites)
         return body.watched[begin : begin + 3], body.watched[begin + 3 : begin + 7]
 
@@ -221,7 +270,10 @@ class Hand(PhysicsTask):
 
 
 class Door(Hand):
-    """Turn the latch and open the door: 39 observations, 28 actions. Success: the hinge at 1.35 rad or more. Scene: the frame's place."""
+    """Turn the latch and open the door: 39 observations, 28 actions.
+
+    Success: the hinge is at 1.35 rad or more. Scene: the position [3] of the door's frame.
+    """
 
     file, sizes = "adroit_door.xml", (39, 3)
     low, high = (-0.3, 0.25, 0.252), (-0.2, 0.35, 0.35)
@@ -244,7 +296,10 @@ class Door(Hand):
 
 
 class Hammer(Hand):
-    """Take the hammer and drive the nail in: 46 observations, 26 actions. Success: the nail within 1 cm. Scene: the board's place."""
+    """Take the hammer and drive in the nail: 46 observations, 26 actions.
+
+    Success: the nail is within 1 cm of its goal. Scene: the position [3] of the board.
+    """
 
     file, sizes = "adroit_hammer.xml", (46, 3)
     low, high = (0.05, 0.0, 0.1), (0.05, 0.0, 0.25)
@@ -253,30 +308,43 @@ class Hammer(Hand):
 
     def scene(self, model: mujoco.MjModel) -> Scene:
         board = ("body_pos", model.body("nail_board").id)
-        return Scene((board,), sites=("S_grasp", "tool", "S_target", "nail_goal"), bodies=("Object",), sensors=("S_nail",))
+        return Scene(
+            (board,),
+            sites=("S_grasp", "tool", "S_target", "nail_goal"),
+            bodies=("Object",),
+            sensors=("S_nail",),
+        )
 
     def judge(self, body: Body):
         (palm, tool, nail, goal), (hammer, _) = self.points(body), self.object(body)
         left = distance(nail, goal)
-        reward = -0.1 * distance(palm, hammer) - distance(tool, nail) - 10.0 * left - 0.01 * jnp.sqrt(jnp.sum(body.qvel**2))
+        reward = (
+            -0.1 * distance(palm, hammer)
+            - distance(tool, nail)
+            - 10.0 * left
+            - 0.01 * jnp.sqrt(jnp.sum(body.qvel**2))
+        )
         reward += 2.0 * ((hammer[2] > 0.04) & (tool[2] > 0.04)) + 25.0 * (left < 0.02) + 75.0 * (left < 0.01)
         return reward, left < 0.01, jnp.bool_(False)
 
     def observe(self, inner: Body) -> jax.Array:
         (palm, _, nail, _), (hammer, turned) = self.points(inner), self.object(inner)
         force = jnp.clip(inner.watched[-1:], -1.0, 1.0)
-        return jnp.concatenate([inner.qpos[:-6], jnp.clip(inner.qvel[-6:], -1.0, 1.0), palm, hammer, euler(turned), nail, force])
+        return jnp.concatenate(
+            [inner.qpos[:-6], jnp.clip(inner.qvel[-6:], -1.0, 1.0), palm, hammer, euler(turned), nail, force]
+        )
 
 
 class Pen(Hand):
-    """Turn the pen in the hand until it is parallel to the target: 45 observations, 24 actions. Scene: the target's quaternion.
+    """Turn the pen in the hand until it is parallel to the target: 45 observations, 24 actions.
 
-    Success: the pen within 7.5 cm of its place above the palm, the cosine of its angle to the target above 0.95. With the dense reward an
-    episode ends when the pen drops.
+    Success: the pen is within 7.5 cm of its place above the palm, and the cosine of its angle to the target
+    is above 0.95. With the dense reward, an episode terminates when the pen drops. Scene: the quaternion [4]
+    of the target.
     """
 
     file, sizes, horizon, held = "adroit_pen.xml", (45, 4), 100, 20
-    low, high = (-1.0, -1.0), (1.0, 1.0)  # of the target's first two Euler angles
+    low, high = (-1.0, -1.0), (1.0, 1.0)  # bounds of the target's first two Euler angles, in radians
     demonstrated = ("desired_orien",)
     view = (0.0, -0.15, 0.25, 0.55, 60.0, -30.0)
 
@@ -287,16 +355,24 @@ class Pen(Hand):
 
     def draw(self, key: jax.Array) -> jax.Array:
         a, b = super().draw(key) / 2
-        return jnp.stack([jnp.cos(a) * jnp.cos(b), jnp.sin(a) * jnp.cos(b), jnp.cos(a) * jnp.sin(b), jnp.sin(a) * jnp.sin(b)])
+        return jnp.stack(
+            [
+                jnp.cos(a) * jnp.cos(b),
+                jnp.sin(a) * jnp.cos(b),
+                jnp.cos(a) * jnp.sin(b),
+                jnp.sin(a) * jnp.sin(b),
+            ]
+        )
 
     def at_rest(self, scene: jax.Array) -> jax.Array:
         base, (w, x, y, z) = jnp.asarray(self.rest[0]), scene / jnp.linalg.norm(scene)
-        axis = jnp.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)])  # where the target's z axis points
+        # The direction of the target's z axis.
+        axis = jnp.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)])
         middle, half = jnp.asarray(self.model.body("target").pos), self.model.site("target_top").pos[2]
         return base.at[6:9].set(middle + half * axis).at[9:12].set(middle - half * axis)
 
     def look(self, body: Body) -> tuple[jax.Array, ...]:
-        """The pen's position, the way to its place, its direction and the wanted one, [3] each."""
+        """The pen's position, its offset from its place, its direction and the target direction, [3] each."""
         (top, bottom, target_top, target_bottom, place), (pen, _) = self.points(body), self.object(body)
         length = 2 * self.model.site("object_top").pos[2]
         return pen, pen - place, (top - bottom) / length, (target_top - target_bottom) / length
@@ -310,11 +386,16 @@ class Pen(Hand):
 
     def observe(self, inner: Body) -> jax.Array:
         pen, offset, direction, wanted = self.look(inner)
-        return jnp.concatenate([inner.qpos[:-6], pen, inner.qvel[-6:], direction, wanted, offset, direction - wanted])
+        return jnp.concatenate(
+            [inner.qpos[:-6], pen, inner.qvel[-6:], direction, wanted, offset, direction - wanted]
+        )
 
 
 class Relocate(Hand):
-    """Carry the ball to the target: 39 observations, 30 actions. Success: within 10 cm. Scene: the places of ball and target."""
+    """Carry the ball to the target: 39 observations, 30 actions.
+
+    Success: the ball is within 10 cm of the target. Scene: the positions of ball and target [6].
+    """
 
     file, sizes = "adroit_relocate.xml", (39, 6)
     low, high = (-0.15, -0.15, 0.035, -0.2, -0.2, 0.15), (0.15, 0.3, 0.035, 0.2, 0.2, 0.35)
@@ -338,16 +419,22 @@ class Relocate(Hand):
 
 
 def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The Euclidean distance [] of two points [3]."""
     return jnp.sqrt(jnp.sum((a - b) ** 2))
 
 
 def euler(quaternion: jax.Array) -> jax.Array:
-    """A rotation (w, x, y, z) as the three angles [3] in which D4RL observes the hammer: about z, then y, then x, in turned axes."""
+    """A rotation (w, x, y, z) as the three angles [3], in radians, with which D4RL observes the hammer.
+
+    They are angles about x, y and z. The body turns about z first, then about y, then about x, all fixed
+    axes.
+    """
     w, x, y, z = quaternion
-    first = jnp.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)])  # rows of the rotation's matrix
+    # Rows of the rotation matrix.
+    first = jnp.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)])
     second = jnp.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)])
     across = jnp.sqrt((1 - 2 * (x * x + y * y)) ** 2 + second[2] ** 2)
-    # Where the middle angle is a right one the other two are not told apart, and the first is taken for 0.
+    # If the angle about y is 90 degrees, the other two cannot be told apart, and the one about x is set to 0.
     regular = across > 4 * jnp.finfo(quaternion.dtype).eps
     about_x = jnp.where(regular, -jnp.arctan2(second[2], 1 - 2 * (x * x + y * y)), 0.0)
     about_z = jnp.where(regular, -jnp.arctan2(first[1], first[0]), jnp.arctan2(second[0], second[1]))

@@ -1,21 +1,24 @@
-"""AntMaze: an ant walks through D4RL's mazes to a goal that it does not see.
+"""AntMaze: an ant walks through D4RL's mazes to a goal that it does not observe.
 
-The maze, the starts, goals, reward and ending are those of D4RL (d4rl/locomotion at 89141a6); versions differ in when the goal is drawn:
-at every episode (v2, the default), or once (`goal="fixed"`, v0). The ant comes in two kinds:
+Mazes, starts, goals, rewards and terminations are those of D4RL (d4rl/locomotion at 89141a6). Its versions
+differ in when a goal is drawn: for every episode (v2, the default), or once (v0, `goal="fixed"`). There are
+two ants:
 
-==============  ==========================================================  =====================================================
-`ant`           "d4rl" (default): the ant of D4RL's data                    "gymnasium": of gymnasium-robotics and Minari's data
-==============  ==========================================================  =====================================================
-step, torque    0.1 s, up to 30 N m                                         0.05 s, up to 150 N m
-contacts        solimp 0.8 0.8 0.01                                         MuJoCo's default
-coordinates     start cell at the origin, y along the rows                  maze centred at the origin, y against the rows
-start           start cell + U(-0.1, 0.1)                                   start cell + U(-1, 1)
-goal            goal cell + U(0, 1) + U(0, 0.5) per axis, radius 0.5        goal cell + U(-1, 1), radius 0.45
-==============  ==========================================================  =====================================================
+============  =============================================  ===============================================
+`ant`         "d4rl" (default): the ant of D4RL's data       "gymnasium": of gymnasium-robotics and Minari
+============  =============================================  ===============================================
+step, torque  0.1 s, up to 30 N m                            0.05 s, up to 150 N m
+contacts      solimp 0.8 0.8 0.01                            MuJoCo's default
+coordinates   origin in the start cell, y grows with rows    origin in the maze's centre, y falls with rows
+start         start cell + U(-0.1, 0.1)                      start cell + U(-1, 1)
+goal          goal cell + U(0, 1) + U(0, 0.5)                goal cell + U(-1, 1)
+goal radius   0.5                                            0.45
+============  =============================================  ===============================================
 
-Both are built from Gymnasium's ant.xml. Further edits: contact margins are halved (see envs/locomotion.py), and with MJX only the
-`MAX_PAIRS` nearest pairs of a kind are examined for contact: up to 7 touch at once, the farthest of them the 14th nearest
-(docs/antmaze.md).
+Lengths are in metres, and U is drawn per axis. Both ants are built from Gymnasium's ant.xml, with two more
+edits. Contact margins are halved (envs/locomotion.py says why). And MJX examines only the `MAX_PAIRS`
+nearest geom pairs of each type for contact. Up to 7 pairs touched at once, and the farthest of them was the
+14th nearest at most (docs/antmaze.md).
 """
 
 import jax
@@ -24,38 +27,68 @@ import mujoco
 import numpy as np
 from flax import struct
 
-from envs.locomotion import compile_spec, load_spec
-from envs.physics import Body, PhysicsTask
+from ooo_rl.envs.locomotion import compile_spec, load_spec
+from ooo_rl.envs.physics_task import Body, PhysicsTask
 
-MAZES = {  # D4RL's maps: # wall, R start, G goal of the evaluation
+MAZES = {  # D4RL's maps: # wall, R start, G goal of evaluation episodes
     "umaze": ("#####", "#R  #", "### #", "#G  #", "#####"),
-    "medium": ("########", "#R ##  #", "#  #   #", "##   ###", "#  #   #", "# #  # #", "#   # G#", "########"),
+    "medium": (
+        "########",
+        "#R ##  #",
+        "#  #   #",
+        "##   ###",
+        "#  #   #",
+        "# #  # #",
+        "#   # G#",
+        "########",
+    ),
     "large": (
-        "############", "#R   #     #", "# ## # # # #", "#      #   #", "# #### ### #", "#  # #     #", "## # # # ###", "#  #   # G #",
+        "############",
+        "#R   #     #",
+        "# ## # # # #",
+        "#      #   #",
+        "# #### ### #",
+        "#  # #     #",
+        "## # # # ###",
+        "#  #   # G #",
         "############",
     ),
-}  # fmt: skip
+}
 HORIZON = {"umaze": 700, "medium": 1000, "large": 1000}
-SCALE, WALL_HEIGHT = 4.0, 2.0  # metres
-MAX_PAIRS = 16
+SCALE, WALL_HEIGHT = 4.0, 2.0  # width of a cell, and height of a wall, in metres
+MAX_PAIRS = 16  # geom pairs of each type that MJX examines for contact
 
 
 @struct.dataclass
-class Errand:
-    """An ant, and the goal [2] of its episode."""
+class AntAndGoal:
+    """The inner state of an episode: the ant, and its goal [2] (x, y) in metres."""
 
     body: Body
     goal: jax.Array
 
 
 class AntMaze(PhysicsTask):
-    """Observation [29]: qpos (x, y first) and qvel; action [8].
+    """The observation [29] is qpos (x and y first) and qvel; actions are [8].
 
-    Reward 1, success and termination within the goal's radius; a fall ends nothing.
+    When the ant comes within the goal's radius, the reward is 1 and the episode terminates with success. At
+    all other steps the reward is 0. A fall does not end the episode. `goal` is "episode" or "fixed";
+    `goal_seed` seeds the fixed goal. The other settings are in the module docstring. Raises ValueError for
+    settings that do not exist.
     """
 
-    def __init__(self, maze: str = "large", goal: str = "episode", ant: str = "d4rl", goal_seed: int = 0, physics: str = "auto"):
-        for name, value, known in (("maze", maze, MAZES), ("goal", goal, ("episode", "fixed")), ("ant", ant, ("d4rl", "gymnasium"))):
+    def __init__(
+        self,
+        maze: str = "large",
+        goal: str = "episode",
+        ant: str = "d4rl",
+        goal_seed: int = 0,
+        physics: str = "auto",
+    ):
+        for name, value, known in (
+            ("maze", maze, MAZES),
+            ("goal", goal, ("episode", "fixed")),
+            ("ant", ant, ("d4rl", "gymnasium")),
+        ):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
         self.maze, self.ant, self.horizon = MAZES[maze], ant, HORIZON[maze]
@@ -67,21 +100,25 @@ class AntMaze(PhysicsTask):
         spec = d4rl_ant() if self.ant == "d4rl" else load_spec("ant.xml")
         half = np.array([SCALE, SCALE, WALL_HEIGHT]) / 2
         for row, col in self.cells("#"):
-            wall = spec.worldbody.add_geom(name=f"block_{row}_{col}", type=mujoco.mjtGeom.mjGEOM_BOX, size=half)
+            wall = spec.worldbody.add_geom(
+                name=f"block_{row}_{col}", type=mujoco.mjtGeom.mjGEOM_BOX, size=half
+            )
             wall.pos = [*self.centre((row, col)), half[2]]
             wall.contype = wall.conaffinity = 1
             wall.rgba = [0.7, 0.5, 0.3, 1.0]
             wall.solimp = spec.geom("floor").solimp
-        spec.delete(spec.numeric("init_qpos"))  # of no use, and MJX would read its first numbers as those of the next
-        spec.add_numeric(name="max_geom_pairs", data=[MAX_PAIRS], size=1)  # read by MJX alone
+        # MJX 3.17 finds a numeric's value by the numeric's id: it would read a value of `init_qpos` as
+        # `max_geom_pairs`.
+        spec.delete(spec.numeric("init_qpos"))  # unused
+        spec.add_numeric(name="max_geom_pairs", data=[MAX_PAIRS], size=1)  # only MJX reads it
         return compile_spec(spec)
 
     def cells(self, kinds: str) -> list[tuple[int, int]]:
-        """(row, column) of the cells whose mark is in `kinds`."""
+        """(row, column) of all cells whose mark in the map is one of `kinds`."""
         return [(r, c) for r, line in enumerate(self.maze) for c, mark in enumerate(line) if mark in kinds]
 
     def centre(self, cell: tuple[int, int]) -> np.ndarray:
-        """Position (x, y) of the centre of `cell`, in metres."""
+        """The position (x, y) [..., 2] in metres of the centre of `cell` [..., 2] (row, column)."""
         row, col = np.asarray(cell)[..., 0], np.asarray(cell)[..., 1]
         if self.ant == "d4rl":
             ((row_start, col_start),) = self.cells("R")
@@ -89,13 +126,13 @@ class AntMaze(PhysicsTask):
         return SCALE * np.stack([col + 0.5 - len(self.maze[0]) / 2, len(self.maze) / 2 - row - 0.5], -1)
 
     def draw_goal(self, key: jax.Array) -> jax.Array:
-        """A goal [2] of an evaluation episode."""
+        """Draws the goal [2] (x, y) of an evaluation episode, in metres."""
         centre, (first, second) = jnp.asarray(self.centre(self.cells("G")[0]), float), jax.random.split(key)
         if self.ant == "gymnasium":
             return centre + jax.random.uniform(first, (2,), minval=-1.0, maxval=1.0)
         return centre + jax.random.uniform(first, (2,)) + jax.random.uniform(second, (2,), maxval=0.5)
 
-    def start(self, key: jax.Array) -> Errand:
+    def start(self, key: jax.Array) -> AntAndGoal:
         goal_key, place_key, position, velocity = jax.random.split(key, 4)
         noise = jax.random.uniform(position, (15,), minval=-0.1, maxval=0.1)
         qpos = jnp.asarray(self.model.qpos0) + noise
@@ -103,20 +140,23 @@ class AntMaze(PhysicsTask):
         wide = jax.random.uniform(place_key, (2,), minval=-1.0, maxval=1.0)
         qpos = qpos.at[:2].set(start + (noise[:2] if self.ant == "d4rl" else wide))
         goal = self.draw_goal(goal_key) if self.fixed_goal is None else self.fixed_goal
-        return Errand(self.put(qpos, 0.1 * jax.random.normal(velocity, (14,))), goal)
+        return AntAndGoal(self.put(qpos, 0.1 * jax.random.normal(velocity, (14,))), goal)
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array, goal: jax.Array | None = None):
-        """As for every body; `goal` [2] is by default the middle of the region in which the evaluation's goals lie."""
+        """As in `PhysicsTask`, with a goal.
+
+        `goal` [2] is (x, y) in metres. Its default is the centre of the region of evaluation goals.
+        """
         if goal is None:
             goal = self.centre(self.cells("G")[0]) + (0.75 if self.ant == "d4rl" else 0.0)
-        return self.begin(Errand(self.put(qpos, qvel), jnp.asarray(goal, float)))
+        return self.begin(AntAndGoal(self.put(qpos, qvel), jnp.asarray(goal, float)))
 
-    def advance(self, inner: Errand, action: jax.Array):
+    def advance(self, inner: AntAndGoal, action: jax.Array):
         body = self.engine.step(inner.body, self.control(action))
         reached = jnp.linalg.norm(body.qpos[:2] - inner.goal) <= self.radius
         return inner.replace(body=body), jnp.asarray(reached, float), reached, reached
 
-    def observe(self, inner: Errand) -> jax.Array:
+    def observe(self, inner: AntAndGoal) -> jax.Array:
         return jnp.concatenate([inner.body.qpos, inner.body.qvel])
 
     @property
@@ -125,7 +165,10 @@ class AntMaze(PhysicsTask):
 
     @property
     def layout(self) -> dict:
-        """What a figure draws, as for the point mass: bounds, wall segments, start, goal and its radius, in metres."""
+        """What a figure draws, in metres: bounds (x0, x1, y0, y1), walls, start, goal and its radius.
+
+        Walls are the line segments between wall cells and free cells.
+        """
         centres = self.centre(self.cells("#"))
         x, y = centres.T
         walls = []
@@ -138,13 +181,19 @@ class AntMaze(PhysicsTask):
                     walls.append((tuple(middle - along), tuple(middle + along)))
         goal = self.centre(self.cells("G")[0]) + (0.75 if self.ant == "d4rl" else 0.0)
         return {
-            "bounds": (x.min() - 2, x.max() + 2, y.min() - 2, y.max() + 2), "walls": walls, "start": tuple(self.centre(self.cells("R")[0])),
-            "goal": tuple(goal), "goal_radius": self.radius,
-        }  # fmt: skip
+            "bounds": (x.min() - 2, x.max() + 2, y.min() - 2, y.max() + 2),
+            "walls": walls,
+            "start": tuple(self.centre(self.cells("R")[0])),
+            "goal": tuple(goal),
+            "goal_radius": self.radius,
+        }
 
 
 def d4rl_ant() -> mujoco.MjSpec:
-    """Gymnasium's ant with the step, the motors and the contact impedance of D4RL's (d4rl/locomotion/assets/ant.xml)."""
+    """Gymnasium's ant with the time step, motors and contact impedance of D4RL's.
+
+    Source: d4rl/locomotion/assets/ant.xml.
+    """
     spec = load_spec("ant.xml")
     spec.option.timestep = 0.02
     for motor in spec.actuators:
@@ -155,15 +204,19 @@ def d4rl_ant() -> mujoco.MjSpec:
 
 
 class AntWalk(PhysicsTask):
-    """D4RL's ant on an open floor, to be taught to walk ahead: it sees itself in the frame of `Heading`, so ahead is always +x.
+    """An ant on an open floor, to train a policy that walks straight ahead, towards +x.
 
-    Reward per step: speed along x in m/s + 0.2 - 0.02 |action|^2; ends when the torso leaves 0.3 to 1 m, or after 500 steps.
+    Observation [27] and action [8] are in the frame of `canonical`. Reward per step: speed along x in m/s +
+    0.2 - 0.02 |action|^2. An episode terminates when the height of the torso leaves 0.3 to 1 m, and is
+    truncated after 500 steps. `ant` is "d4rl" or "gymnasium".
     """
 
     horizon = 500
 
     def __init__(self, physics: str = "auto", ant: str = "d4rl"):
-        super().__init__(compile_spec(d4rl_ant() if ant == "d4rl" else load_spec("ant.xml")), 5, physics, root="torso")
+        super().__init__(
+            compile_spec(d4rl_ant() if ant == "d4rl" else load_spec("ant.xml")), 5, physics, root="torso"
+        )
 
     def start(self, key: jax.Array) -> Body:
         position, velocity, turn = jax.random.split(key, 3)
@@ -189,43 +242,64 @@ class AntWalk(PhysicsTask):
 
 
 def yaw_quaternion(angle: jax.Array) -> jax.Array:
-    """The rotation by `angle` [] about z as a quaternion [4] (w, x, y, z)."""
+    """The rotation by `angle` [] in radians about z, as a quaternion [4] (w, x, y, z)."""
     return jnp.stack([jnp.cos(angle / 2), 0.0 * angle, 0.0 * angle, jnp.sin(angle / 2)])
 
 
 def quaternion_product(p: jax.Array, q: jax.Array) -> jax.Array:
-    """The rotation q [4], then p [4]."""
+    """The product pq [4] of two quaternions [4]: the rotation q, followed by the rotation p."""
     pw, pv, qw, qv = p[0], p[1:], q[0], q[1:]
     return jnp.concatenate([(pw * qw - pv @ qv)[None], pw * qv + qw * pv + jnp.cross(pv, qv)])
 
 
-LEG_SIGNS = np.float32([[1, 1], [1, -1], [1, -1], [1, 1]])  # leg by leg (hip, ankle): ankles turn about axes that do not all point alike
-MOTOR_LEGS = np.array([3, 0, 1, 2])  # the motors begin with the fourth leg
+# (hip, ankle) of each leg. Two ankles have another sign, because not all ankles' axes point the same way.
+LEG_SIGNS = np.float32([[1, 1], [1, -1], [1, -1], [1, 1]])
+MOTOR_LEGS = np.array([3, 0, 1, 2])  # the leg of each pair of motors: the motors begin with the fourth leg
 
 
 def canonical(pose: jax.Array, qvel: jax.Array, direction: jax.Array):
-    """The ant as it would look if `direction` [2] were +x and its nearest leg pair in front: (observation [27], map of its actions [8]).
+    """The ant's observation in a frame where `direction` [2] is +x and the nearest pair of legs is in front.
 
-    pose [13] = qpos[2:], qvel [14]. Turning the world about z changes nothing for a walking ant, nor does calling each leg by its
-    neighbour's name. With both freedoms used up, a policy has to learn one gait in one direction, within 45 degrees of ahead; the map
-    takes the policy's action to the real joints.
+    `pose` [13] is qpos[2:], `qvel` is [14]. Returns (observation [27], a function that takes an action [8]
+    in this frame to the action [8] for the real joints).
+
+    Walking changes neither when the world is turned about z, nor when each leg takes the name of its
+    neighbour. The frame uses both symmetries. So a policy has to learn only one gait in one direction, and
+    the body is always within 45 degrees of that direction.
     """
     quaternion, joints = pose[1:5], pose[5:].reshape(4, 2)
     quaternion = quaternion / jnp.linalg.norm(quaternion)
     turned = quaternion_product(yaw_quaternion(-jnp.arctan2(direction[1], direction[0])), quaternion)
-    yaw = jnp.arctan2(2 * (turned[0] * turned[3] + turned[1] * turned[2]), 1 - 2 * (turned[2] ** 2 + turned[3] ** 2))
-    quarter = jnp.round(yaw / (jnp.pi / 2)).astype(jnp.int32)  # how many quarter turns the body is away from ahead
+    yaw = jnp.arctan2(
+        2 * (turned[0] * turned[3] + turned[1] * turned[2]), 1 - 2 * (turned[2] ** 2 + turned[3] ** 2)
+    )
+    quarter = jnp.round(yaw / (jnp.pi / 2)).astype(jnp.int32)  # quarter turns from +x to the body's heading
     back = -quarter * (jnp.pi / 2)
     turned = quaternion_product(turned, yaw_quaternion(back))
     turned = jnp.where(turned[0] < 0, -turned, turned)
-    # Renaming legs: what stands at place i in the new frame is the leg i - quarter, counter-clockwise.
+    # Rename the legs: leg i of the new frame is leg i - quarter of the ant, counted counter-clockwise.
     signs = jnp.asarray(LEG_SIGNS)
     rename = lambda legs: jnp.roll(legs * signs, quarter, axis=0) * signs  # noqa: E731
     length = jnp.linalg.norm(direction) + 1e-9
     cos, sin = direction[0] / length, direction[1] / length
     velocity = jnp.array([cos * qvel[0] + sin * qvel[1], cos * qvel[1] - sin * qvel[0], qvel[2]])
-    spin = jnp.array([jnp.cos(back) * qvel[3] + jnp.sin(back) * qvel[4], jnp.cos(back) * qvel[4] - jnp.sin(back) * qvel[3], qvel[5]])
-    obs = jnp.concatenate([pose[:1], turned, rename(joints).reshape(-1), velocity, spin, rename(qvel[6:].reshape(4, 2)).reshape(-1)])
+    spin = jnp.array(
+        [
+            jnp.cos(back) * qvel[3] + jnp.sin(back) * qvel[4],
+            jnp.cos(back) * qvel[4] - jnp.sin(back) * qvel[3],
+            qvel[5],
+        ]
+    )
+    obs = jnp.concatenate(
+        [
+            pose[:1],
+            turned,
+            rename(joints).reshape(-1),
+            velocity,
+            spin,
+            rename(qvel[6:].reshape(4, 2)).reshape(-1),
+        ]
+    )
 
     def to_joints(action: jax.Array) -> jax.Array:
         legs = action.reshape(4, 2)[jnp.argsort(MOTOR_LEGS)] * signs

@@ -1,15 +1,17 @@
-"""The environment contract: brax's functional API, with terminations and truncations told apart.
+"""The environment contract: brax's functional API, with separate flags for termination and truncation.
 
-An environment is a pure pair `reset(key) -> State`, `step(state, action) -> State` (brax's `Env` and
-`State`, so brax's trainers run on it), unbatched and vmappable, with actions in [-1, 1]. On top of brax we promise:
+An environment has two pure functions, `reset(key) -> State` and `step(state, action) -> State`. `Env` and
+`State` are brax's, so brax's trainers run on it. It is unbatched and can be vmapped; actions are in [-1, 1].
+In addition to brax's contract:
 
-* `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a truncation
-  the value of the next observation still counts. `done` is their maximum.
-* `info["broken"]`: float32 0/1, the physics gave a number that is not finite (or beyond `BROKEN`). The episode ends there with a
-  truncation, and observation and reward are stand-ins (the previous one, and 0) that must not be learnt from.
-* `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 where a task has no such notion).
-* `horizon`: steps after which an episode is truncated.
-* `reset_to(qpos, qvel) -> State`: an episode that starts in the given state, for replay, tests and curricula.
+* `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a
+  truncation, the value of the next observation still counts. `done` is the maximum of the two.
+* `info["broken"]`: float32 0/1, whether the physics gave a number that is not finite, or one beyond
+  `BROKEN`. The episode is truncated there. Its last observation and reward are placeholders (the previous
+  observation, and 0), and no learner may train on them.
+* `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 if it defines no success).
+* `horizon`: number of steps after which an episode is truncated.
+* `reset_to(qpos, qvel) -> State`: starts an episode in a given state, for replay, tests and curricula.
 """
 
 import contextlib
@@ -19,49 +21,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-with contextlib.redirect_stdout(io.StringIO()):  # MJX prints there that its optional Warp engine is not installed
+with contextlib.redirect_stdout(
+    io.StringIO()
+):  # its import prints that MJX's optional Warp engine is missing
     from brax.envs.base import Env, State
 
-__all__ = ["BROKEN", "Env", "State", "Task", "step_and_reset", "tally"]
+__all__ = ["BROKEN", "Env", "State", "Task", "step_all", "step_and_reset", "tally"]
 
-BROKEN = 1e10  # MuJoCo's own bound (mjMAXVAL): an observation beyond it is the end of a simulation, not a state
+BROKEN = 1e10  # MuJoCo's own bound (mjMAXVAL): a simulation with numbers beyond it has diverged
 
 
 class Task(Env):
-    """One episode of a task: subclasses give `start`, `advance` and `observe`; time limit and broken physics are dealt with here."""
+    """Base class of our environments, which handles the time limit and broken physics.
+
+    Subclasses define `start`, `advance` and `observe`. The inner state is any pytree, `State.pipeline_state`.
+    """
 
     horizon: int
 
     def start(self, key: jax.Array) -> Any:
-        """The pytree an episode begins in, drawn with `key`."""
+        """Draws the inner state in which an episode begins."""
         raise NotImplementedError
 
     def advance(self, inner: Any, action: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        """One step: (next inner state, reward [], termination [] bool, success [] bool)."""
+        """One step. Returns (next inner state, reward [], termination [] bool, success [] bool)."""
         raise NotImplementedError
 
     def observe(self, inner: Any) -> jax.Array:
-        """Observation [observation_size] of an inner state."""
+        """The observation [observation_size] of an inner state."""
         raise NotImplementedError
 
     def reset(self, rng: jax.Array) -> State:
         return self.begin(self.start(rng))
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array) -> State:
-        """The beginning of an episode in generalised positions `qpos` [nq] and velocities `qvel` [nv]."""
-        raise NotImplementedError(f"{type(self).__name__} has no positions and velocities to be put into")
+        """Starts an episode at generalised positions `qpos` [nq] and velocities `qvel` [nv].
+
+        Raises NotImplementedError if the task has no such state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no positions and velocities to set; use reset")
 
     def begin(self, inner: Any) -> State:
-        """The beginning of an episode in a given inner state."""
+        """Starts an episode in the given inner state."""
         zero = jnp.zeros(())
-        # `elapsed`, not `steps`: brax's EpisodeWrapper keeps a counter of its own under that name.
+        # The name is `elapsed`, because brax's EpisodeWrapper keeps its own counter under `steps`.
         info = {"termination": zero, "truncation": zero, "broken": zero, "elapsed": jnp.int32(0)}
         return State(inner, self.observe(inner), zero, zero, {"success": zero}, info)
 
     def step(self, state: State, action: jax.Array) -> State:
         inner, reward, termination, success = self.advance(state.pipeline_state, jnp.clip(action, -1.0, 1.0))
         obs, elapsed = self.observe(inner), state.info["elapsed"] + 1
-        sound = (jnp.abs(obs) < BROKEN).all() & (jnp.abs(reward) < BROKEN)  # False for NaN as well
+        sound = (jnp.abs(obs) < BROKEN).all() & (jnp.abs(reward) < BROKEN)  # False for NaN, too
         as_number = lambda flag: jnp.asarray(flag, state.reward.dtype)  # noqa: E731
         termination = as_number(termination & sound)
         truncation = as_number((elapsed >= self.horizon) | ~sound) * (1 - termination)
@@ -71,7 +81,13 @@ class Task(Env):
             reward=jnp.where(sound, as_number(reward), 0.0),
             done=jnp.maximum(termination, truncation),
             metrics={**state.metrics, "success": as_number(success & sound)},
-            info={**state.info, "termination": termination, "truncation": truncation, "broken": as_number(~sound), "elapsed": elapsed},
+            info={
+                **state.info,
+                "termination": termination,
+                "truncation": truncation,
+                "broken": as_number(~sound),
+                "elapsed": elapsed,
+            },
         )
 
     @property
@@ -80,10 +96,11 @@ class Task(Env):
 
 
 def step_and_reset(env: Env, state: State, action: jax.Array, key: jax.Array) -> tuple[State, State]:
-    """Steps one environment and starts a new episode where the old one ended.
+    """Steps one environment, and starts a new episode if the old one ended.
 
-    Returns (state to act in next, state that was reached). The second keeps the true next observation, reward and
-    ending of the step, for the buffer; the first is a fresh `env.reset(key)` if the episode is over. Unbatched: vmap it.
+    Returns (state to act in next, state that was reached). The second is for the buffer: it keeps the true
+    next observation, the reward and the flags of the step. The first is the same state, or a fresh
+    `env.reset(key)` if the episode ended. The function is unbatched; `step_all` is its batched form.
     """
     reached = env.step(state, action)
     fresh = env.reset(key)
@@ -91,7 +108,21 @@ def step_and_reset(env: Env, state: State, action: jax.Array, key: jax.Array) ->
     return following, reached
 
 
+def step_all(env: Env, states: State, actions: jax.Array, key: jax.Array) -> tuple[State, State]:
+    """`step_and_reset` of n environments in parallel: `states` has a leading axis n, `actions` is [n, A]."""
+    keys = jax.random.split(key, actions.shape[0])
+    return jax.vmap(lambda state, action, key: step_and_reset(env, state, action, key))(states, actions, keys)
+
+
 def tally(reached: State) -> dict[str, jax.Array]:
-    """What one step of many worlds [n] came to, as metrics []: mean reward, episodes that ended, worlds at success, worlds that broke."""
-    counts = {"episode_ends": reached.done, "successes": reached.metrics["success"], "broken_worlds": reached.info["broken"]}
+    """Metrics [] of one step of n environments, from the states `reached` in it [n].
+
+    They are the mean reward, and how many environments ended an episode, are at a success, or have broken
+    physics.
+    """
+    counts = {
+        "episode_ends": reached.done,
+        "successes": reached.metrics["success"],
+        "broken_worlds": reached.info["broken"],
+    }
     return {"reward": reached.reward.mean(), **{name: flags.sum() for name, flags in counts.items()}}

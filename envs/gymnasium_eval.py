@@ -1,9 +1,12 @@
-"""Evaluation in a Gymnasium environment by its id: the benchmark itself, in C MuJoCo, for policies trained on its data.
+"""Evaluation in a Gymnasium environment, by its id.
 
-The dense rewards of `AdroitHand{Door,Hammer,Relocate}-v1` are at fault in gymnasium-robotics 1.2.1 to 1.4.2: the term
-that draws the palm to the object is `+0.1 * distance`, where D4RL and 1.2.0 have `-0.1 * distance`. With these versions
-`evaluate` subtracts `0.2 * distance`, taken from the observation, so that returns compare with D4RL's reference scores.
-The sparse variants (`*Sparse-v1`), the pen and all other versions are left as they are.
+This is the benchmark itself, in C MuJoCo, for policies that were trained on its data.
+
+The dense rewards of `AdroitHand{Door,Hammer,Relocate}-v1` are wrong in gymnasium-robotics 1.2.1 to 1.4.2.
+The term that pulls the palm to the object is `+0.1 * distance` there, while D4RL and version 1.2.0 have
+`-0.1 * distance`. With these versions `evaluate` subtracts `0.2 * distance`, computed from the observation.
+Returns can then be compared with D4RL's reference scores. The sparse variants (`*Sparse-v1`), the pen and
+all other versions are left as they are.
 """
 
 import contextlib
@@ -23,8 +26,8 @@ try:
 except ImportError:
     gymnasium_robotics = None
 
-FAULTY_VERSIONS = (1, 2, 1), (1, 4, 2)  # of gymnasium-robotics, first and last
-PALM_TO_OBJECT = {  # the vector in the observation whose length has the wrong sign in the reward
+FAULTY_VERSIONS = (1, 2, 1), (1, 4, 2)  # the first and the last, of gymnasium-robotics
+PALM_TO_OBJECT = {  # from the observation, the vector whose length has the wrong sign in the reward
     "AdroitHandDoor-v1": lambda obs: obs[35:38],
     "AdroitHandHammer-v1": lambda obs: obs[33:36] - obs[36:39],
     "AdroitHandRelocate-v1": lambda obs: obs[30:33],
@@ -33,32 +36,42 @@ SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
 
 def check(env_id: str) -> tuple[int, int, int]:
-    """(observation size, action size, horizon in steps) of an environment that `evaluate` can take; else a ValueError.
+    """Checks that `evaluate` supports an environment: (observation size, action size, horizon in steps).
 
-    It can take what has a vector of observations, a bounded vector of actions, and a time limit.
+    The environment must have vectors as observations, vectors with finite bounds as actions, and a time
+    limit. Raises ValueError if it has not, or if there is no environment `env_id`.
     """
     with contextlib.closing(_make(env_id)) as env:
         for name, space in (("observation", env.observation_space), ("action", env.action_space)):
             if not isinstance(space, Box) or len(space.shape) != 1:
-                raise ValueError(f"{env_id}: its {name} space is {space}; only vectors (a Box of one dimension) are supported")
+                raise ValueError(
+                    f"{env_id}: its {name} space is {space}; it must be a vector (a Box of one dimension)"
+                )
         if not env.action_space.is_bounded():
-            raise ValueError(f"{env_id}: its action space {env.action_space} has no bounds to map [-1, 1] to")
+            raise ValueError(
+                f"{env_id}: its action space {env.action_space} must have finite bounds, to map [-1, 1] to"
+            )
         if not env.spec.max_episode_steps:
-            raise ValueError(f"{env_id}: it has no time limit (max_episode_steps), so an episode might never end")
+            raise ValueError(
+                f"{env_id}: it must have a time limit (max_episode_steps), or an episode might never end"
+            )
         return env.observation_space.shape[0], env.action_space.shape[0], env.spec.max_episode_steps
 
 
 def evaluate(
     env_id: str, act: Callable[[np.ndarray], np.ndarray], num_episodes: int, seed: int, num_policies: int = 1
 ) -> dict[str, np.ndarray]:
-    """Plays `num_episodes` episodes with each of P = `num_policies` policies, all in lock-step, each until it ends.
+    """Plays E = `num_episodes` episodes with each of P = `num_policies` policies, all in lock-step.
 
-    `act` maps observations [P, E, obs] to actions [P, E, act] in [-1, 1]: one call a step, so that vmapped policies cost
-    one dispatch. Actions are clipped and mapped linearly to the bounds of the environment. Episode e begins in the same state for
-    every policy. Returns arrays [P, E]: `success` (0/1, solved at any step), `return` (undiscounted), `length` in steps.
-    An action that is not finite ends its own episode with a return of nan: the other policies go on.
+    `act` maps observations [P, E, obs] to actions [P, E, act] in [-1, 1]. It is called once per step, so that
+    vmapped policies cost one dispatch. Actions are clipped, and mapped linearly to the environment's bounds.
+    Episode e begins in the same state for every policy. Each episode is played until it ends.
 
-    P x E environments live at once, of about 9 MB each for an Adroit hand and 1 MB for a hopper.
+    Returns arrays [P, E]: `success` (0/1, solved at any step), `return` (undiscounted) and `length` (steps).
+    An action that is not finite ends its own episode, with a return of nan; all other episodes go on. Raises
+    ValueError as `check` does.
+
+    P x E environments exist at the same time: about 9 MB each for an Adroit hand, and 1 MB for a hopper.
     """
     check(env_id)
     tally = {name: np.zeros((num_policies, num_episodes)) for name in ("success", "return", "length")}
@@ -87,7 +100,10 @@ def evaluate(
 
 
 def reward_correction(env_id: str) -> Callable[[np.ndarray], float]:
-    """What to add to the reward of a step, as a function of the observation [obs] that the step led to. See the module's head."""
+    """The number to add to a step's reward, as a function of the observation [obs] after the step.
+
+    The module docstring says why. It is 0 for environments and versions without the fault.
+    """
     vector = PALM_TO_OBJECT.get(env_id)
     if vector is None or not _is_faulty(metadata.version("gymnasium-robotics")):
         return lambda obs: 0.0
@@ -105,16 +121,19 @@ def _make(env_id: str) -> gymnasium.Env:
     except gymnasium.error.UnregisteredEnv:
         near = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-    except Exception as error:  # whatever keeps an environment from being built, the user can only choose another or install
+    except Exception as error:
+        # Whatever went wrong, the user can only choose another environment or install a package.
         reason = next(iter(str(error).splitlines()), "") or "no reason given"
         raise ValueError(f"{env_id} cannot be made: {type(error).__name__}: {reason}") from error
     if gymnasium_robotics is None:
-        hint += " gymnasium_robotics is not installed; for its environments (AdroitHand..., PointMaze...): pip install '.[robotics]'"
+        hint += (
+            " gymnasium_robotics is not installed; for AdroitHand..., PointMaze...: pip install '.[robotics]'"
+        )
     raise ValueError(f"there is no Gymnasium environment {env_id!r}{hint}")
 
 
 def _action_map(space: Box) -> Callable[[np.ndarray], np.ndarray]:
-    """The linear map of [-1, 1] onto the box; what lies outside is clipped."""
+    """The linear map of [-1, 1] onto the box; actions outside [-1, 1] are clipped first."""
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     return lambda action: (low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)).astype(space.dtype)
 

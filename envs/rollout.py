@@ -1,19 +1,22 @@
-"""Batched roll-outs for evaluation, whole on the device."""
+"""Batched roll-outs for evaluation, entirely on the device."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from envs.base import Env
+from ooo_rl.envs.base import Env
 
 
-def rollout(env: Env, policy: Callable, key: jax.Array, num_episodes: int, record: bool = False) -> dict[str, jax.Array]:
-    """Plays `num_episodes` episodes side by side, each until it is done or `env.horizon` is reached.
+def rollout(
+    env: Env, policy: Callable, key: jax.Array, num_episodes: int, record: bool = False
+) -> dict[str, jax.Array]:
+    """Plays E = `num_episodes` episodes in parallel.
 
-    `policy` maps observations [E, obs] to actions [E, act]. Returns, per episode [E]: `success` (solved at any step),
-    `return` (undiscounted), `length`; with `record` also `obs` [E, horizon + 1, obs], which stays at
-    its last value after the end of an episode.
+    Each episode ends when it is done, or after `env.horizon` steps. `policy` maps observations [E, obs] to
+    actions [E, act]. Returns arrays [E]: `success` (0/1, solved at any step), `return` (undiscounted) and
+    `length` (steps). With `record` it also returns `obs` [E, horizon + 1, obs]; after the end of an episode,
+    its last observation is repeated.
     """
     state = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
     tally = {name: jnp.zeros(num_episodes) for name in ("success", "return", "length")}
@@ -26,7 +29,7 @@ def rollout(env: Env, policy: Callable, key: jax.Array, num_episodes: int, recor
             "return": tally["return"] + alive * reached.reward,
             "length": tally["length"] + alive,
         }
-        # A finished episode is frozen, so that its record ends where it ended.
+        # A finished episode is frozen, so that its last observation is repeated.
         state = jax.tree.map(lambda new, old: jnp.where(_like(alive, new) > 0, new, old), reached, state)
         alive = alive * (1 - reached.done)
         return (state, alive, tally), state.obs if record else None

@@ -1,4 +1,6 @@
-"""Shared by all tests: a compilation cache that outlives the process, and a folder of their own for datasets."""
+"""Shared by all tests: a compilation cache that outlives the process, and a folder of their own for
+datasets.
+"""
 
 import os
 import pathlib
@@ -11,7 +13,8 @@ SETTINGS = {  # for this process, which has not imported JAX yet, and for the pr
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two test processes share an accelerator
     "JAX_COMPILATION_CACHE_DIR": str(REPO / ".jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    "XLA_FLAGS": "--xla_backend_optimization_level=1",  # much is compiled here and little run (level 3 otherwise)
+    # much is compiled here and little run (level 3 otherwise)
+    "XLA_FLAGS": "--xla_backend_optimization_level=1",
 }
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are shared
 hypothesis.settings.load_profile("no clock")

@@ -1,4 +1,6 @@
-"""What tests of losses share: networks, gradients and Adam in plain NumPy, float64, apart from all code under test."""
+"""What tests of losses share: networks, gradients and Adam in plain NumPy, float64, apart from all code
+under test.
+"""
 
 import jax
 import numpy as np
@@ -11,7 +13,9 @@ def forward(dense, x):
         x = x @ layer["kernel"] + layer["bias"]
         if f"LayerNorm_{i}" in dense:
             norm = dense[f"LayerNorm_{i}"]
-            x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+            x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * norm[
+                "scale"
+            ] + norm["bias"]
         x = np.maximum(x, 0)
     return x @ layers[-1]["kernel"] + layers[-1]["bias"]
 
@@ -59,10 +63,13 @@ def double(tree):
 
 
 def mostly_close(ours, theirs, largest=0.07):
-    """Equal but for a few entries: Adam's first step is the sign of the gradient, so one of about 0 may go either way in float32.
+    """Equal but for a few entries: Adam's first step is the sign of the gradient, so one of about 0 may go
+    either way in float32.
 
     `largest` is twice the largest learning rate.
     """
-    errors = np.concatenate([np.abs(np.asarray(a) - b).ravel() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs))])
+    errors = np.concatenate(
+        [np.abs(np.asarray(a) - b).ravel() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs))]
+    )
     assert np.quantile(errors, 0.95) < 1e-5
     assert errors.max() < largest

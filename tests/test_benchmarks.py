@@ -43,10 +43,20 @@ def test_methods_are_measured_in_every_phase(tmp_path):
     ]  # fmt: skip
     for row in result["rows"]:
         ours, theirs = row["seed_updates_per_second"], row["usual_seed_updates_per_second"]
-        assert len(ours["all"]) == len(theirs["all"]) == 2 and ours["best"] >= ours["median"] > 0 and theirs["best"] > 0
+        assert (
+            len(ours["all"]) == len(theirs["all"]) == 2
+            and ours["best"] >= ours["median"] > 0
+            and theirs["best"] > 0
+        )
         assert row["ratio"] == ours["best"] / theirs["best"] and f"{row['ratio']:.2f}" in done.stdout
-        assert row["compile_seconds"] > 0.3 and row["compile_cpu_seconds"] > 0.3  # nothing came out of a cache
-    assert result["machine"]["jax"] == jax.__version__ and result["settings"]["updates"] == 16 and not list(tmp_path.glob("runs"))
+        assert (
+            row["compile_seconds"] > 0.3 and row["compile_cpu_seconds"] > 0.3
+        )  # nothing came out of a cache
+    assert (
+        result["machine"]["jax"] == jax.__version__
+        and result["settings"]["updates"] == 16
+        and not list(tmp_path.glob("runs"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ def methods():
 @pytest.fixture(scope="module")
 def rehearsed(methods):
     """The phases of IQL for two seeds, in chunks of 16 updates."""
-    return methods.rehearse(importlib.import_module("algos.iql"), methods.Args(updates=32), 8, 2)
+    return methods.rehearse(importlib.import_module("ooo_rl.algos.iql"), methods.Args(updates=32), 8, 2)
 
 
 @pytest.mark.parametrize("phase", ["offline", "online"])
@@ -70,12 +80,17 @@ def test_the_usual_way_does_the_same_work_as_ours(methods, rehearsed, phase):
     other, _ = usual.run(ours.static["length"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-4), state, other)
     assert ours.static == {"length": 16} and metrics["q"].shape == (2,)
-    moved = [np.abs(np.float64(new) - old).max() for new, old in zip(jax.tree.leaves(state.agent), jax.tree.leaves(ours.start.agent))]
+    moved = [
+        np.abs(np.float64(new) - old).max()
+        for new, old in zip(jax.tree.leaves(state.agent), jax.tree.leaves(ours.start.agent))
+    ]
     assert max(moved) > 1e-3
 
 
 def test_a_rate_counts_the_updates_of_all_seeds(methods, rehearsed, monkeypatch):
-    """By a clock that ticks once per look: the loops look once before each call, once to begin and once at the end."""
+    """By a clock that ticks once per look: the loops look once before each call, once to begin and once at
+    the end.
+    """
     ticks = iter(range(10_000))
     monkeypatch.setattr(methods.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(methods.Usual, "run", lambda self, calls, *_: (None, {"nonfinite_at": -1}))
@@ -96,6 +111,10 @@ def test_a_phase_that_only_waits_is_no_phase_to_measure(rehearsed, monkeypatch):
 
 
 def test_which_methods_take_many_updates_per_step(methods):
-    found = {name for name in methods.METHODS if methods.takes_many(importlib.import_module(f"algos.{name}"))}
+    found = {
+        name
+        for name in methods.METHODS
+        if methods.takes_many(importlib.import_module(f"ooo_rl.algos.{name}"))
+    }
     assert {"iql", "ooo_iql", "sac"} <= set(methods.METHODS) - found
     assert ("rlpd" in found) == ("rlpd" in methods.METHODS)

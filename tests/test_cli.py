@@ -1,4 +1,6 @@
-"""Bad input is refused before anything compiles, with one line that says what to do; good input becomes the settings it names."""
+"""Bad input is refused before anything compiles, with one line that says what to do; good input becomes the
+settings it names.
+"""
 
 import itertools
 import json
@@ -17,14 +19,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algos import iql, ooo_iql
-from data import cli, datasets
-from data.program import Compiled
+from ooo_rl.algos import iql, ooo_iql
+from ooo_rl.data.datasets import write as dataset_files
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs import plan, session
+from ooo_rl.data.runs import settings as cli
+from ooo_rl.data.runs.program import Compiled
+from ooo_rl.data.runs.sweep import RunLabel, grid
 
 REPO = pathlib.Path(__file__).parents[1]
 FAMILIES = {  # the shape of the real ones, with numbers that stay
     "point-mass-wall": {
-        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "offline_steps": 3_000, "online_steps": 960_000, "num_envs": 32,
+        "hidden": (64, 64), "expectile": 0.9, "temperature": 10.0, "offline_steps": 3_000,
+        "online_steps": 960_000, "num_envs": 32,
         "utd_ratio": 1 / 32,
     },
     "point-mass-wall-sparse": {"reward_bias": -1.0},
@@ -41,22 +48,28 @@ def cache_of_small_programs():
 
 
 def parse(*flags, module=ooo_iql, families=FAMILIES):
-    return cli.parse(module.Args, families, list(flags))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FAMILIES", families)
+        return cli.parse(module.Args, list(flags))
 
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """Runs a script with flags that must be refused before anything compiles or any folder is made; returns the error."""
+    """Runs a script with flags that must be refused before anything compiles or any folder is made; returns
+    the error.
+    """
 
     def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs"):
         monkeypatch.setattr(Compiled, "program", lambda *_, **__: pytest.fail("compiled before the error"))
-        monkeypatch.setattr(module, "SETTINGS", FAMILIES)
+        monkeypatch.setattr(module, "FAMILIES", FAMILIES)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--runs-dir", str(runs_dir)])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as exit:
-            cli.guarded(module.main)
+            cli.launch(module.Args, module.train)
         err = capsys.readouterr().err
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]  # a library may warn while it is imported
+        lines = [
+            line for line in err.splitlines() if line.startswith("error: ")
+        ]  # a library may warn while it is imported
         assert exit.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
         assert sorted(tmp_path.rglob("*")) == before
         return lines[0]
@@ -70,16 +83,20 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--env point-mas-wall", r"--env point-mas-wall: .*did you mean point-mass-wall"),
         ("--dataset ooo/point-mass-wall/ovr-v0", r"unknown dataset 'ooo/point-mass-wall/ovr-v0'.*over-v0"),
         ("--dataset absent.npz", "absent.npz: there is no such file"),
-        ("--physics mjx", "no engine to choose"),
+        ("--physics mjx", "uses no physics engine"),
         ("--offline-steps -1", "--offline-steps must be at least 0, not -1"),
         ("--online-steps -32", "--online-steps must be at least 0"),
         ("--retrain-steps -5", "--retrain-steps must be at least 0"),
         ("--num-seeds 0", "--num-seeds must be at least 1, not 0"),
         ("--batch-size 0", "--batch-size must be at least 1"),
         ("--eval-episodes 0", "--eval-episodes must be at least 1"),
-        ("--hidden 0", "--hidden needs"),
-        ("--dropout 1", "--dropout"),
-        ("--dropout nan", "--dropout"),
+        ("--hidden 0", "--hidden must be at least 1, not 0"),
+        ("--dropout 1", "--dropout must be below 1, not 1"),
+        ("--dropout nan", "--dropout must be a number, not nan"),
+        ("--discount 1.5", "--discount must be at most 1, not 1.5"),
+        ("--sweep discount=0.9,1.5", "--discount must be at most 1, not 1.5"),
+        ("--reward-bias nan", "--reward-bias must be a number"),
+        ("--expectile 1", "--expectile must be below 1"),
         ("--upsample 1.5", "--upsample"),
         ("--count-bins 0 4", "--count-bins"),
         ("--online-steps 100", "--online-steps 100 is not a multiple of --num-envs 32; the next one is 128"),
@@ -90,15 +107,21 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--sweep actor-lr=fast", "write NAME=NUMBER"),
         ("--sweep actor-lr", "write NAME=NUMBER"),
         ("--sweep actor-lr=1e-3 actor_lr=1e-4", "actor-lr is swept twice"),
-        ("--retrain-at 3200000", "--retrain-at 3200000 is outside"),
-        ("--retrain-at 33", "--retrain-at 33 is not a multiple"),
+        ("--retrain-at 3200000", "step 3200000, which is beyond --online-steps 960000"),
+        (
+            "--retrain-at 33",
+            "step 33, where online is to stop, is not a multiple of --num-envs 32; the next one is 64",
+        ),
         ("--dataset none --offline-steps 0 --retrain-at 0", "nothing to learn from"),
         ("--dataset none", "--offline-steps 3000 needs --dataset"),
         ("--offline-steps 0 --online-steps 0 --retrain-steps 0", "nothing to do"),
         ("--env none --online-steps 32 --num-envs 32 --dataset x.npz", "--online-steps 32 needs --env"),
         ("--env probe-match-obs --offline-steps 0 --intrinsic count", "--intrinsic count needs a 2-D task"),
         ("--eval-env NoSuch-v1", "--eval-env NoSuch-v1: "),
-        ("--eval-env Pendulum-v1", "--eval-env Pendulum-v1 has 3 observations and 1 actions, the policy 2 and 2"),
+        (
+            "--eval-env Pendulum-v1",
+            "--eval-env Pendulum-v1 has 3 observations and 1 actions, the policy 2 and 2",
+        ),
         ("--export ooo/x --buffer-size 320", "--export needs online steps, and a buffer that holds all"),
         ("--export ooo/a.b", "Malformed dataset ID: ooo/a.b-seed0-v0"),
         ("--export ooo/x --online-steps 0", "--export needs online steps"),
@@ -108,7 +131,9 @@ def test_bad_flags(refused, flags, message):
     assert re.search(message, refused(*flags.split()))
 
 
-@pytest.mark.parametrize("flags", ["--num-seeds 0", "--env nowhere", "--sweep intrinsic-coef=1", "--online-steps 100"])
+@pytest.mark.parametrize(
+    "flags", ["--num-seeds 0", "--env nowhere", "--sweep intrinsic-coef=1", "--online-steps 100"]
+)
 def test_bad_flags_of_iql(refused, flags):
     refused(*flags.split(), module=iql)
 
@@ -132,9 +157,17 @@ def write(path, change=None, obs=2, act=2, n=50):
 
 
 def test_bad_datasets(refused, tmp_path):
-    assert "has 3 observations and 2 actions, point-mass-wall has 2 and 2" in refused("--dataset", write(tmp_path / "a.npz", obs=3))
-    assert re.search(r"\(row 12\): reward is not finite", refused("--dataset", write(tmp_path / "b.npz", ("rewards", 12, np.nan))))
-    assert re.search(r"\(row 3\): an action lies outside", refused("--dataset", write(tmp_path / "c.hdf5", ("actions", 3, 2.0))))
+    assert "has 3 observations and 2 actions, point-mass-wall has 2 and 2" in refused(
+        "--dataset", write(tmp_path / "a.npz", obs=3)
+    )
+    assert re.search(
+        r"\(row 12\): reward is not finite",
+        refused("--dataset", write(tmp_path / "b.npz", ("rewards", 12, np.nan))),
+    )
+    assert re.search(
+        r"\(row 3\): an action lies outside",
+        refused("--dataset", write(tmp_path / "c.hdf5", ("actions", 3, 2.0))),
+    )
     path = write(tmp_path / "d.hdf5")
     path.write_bytes(path.read_bytes()[:-500])
     assert "d.hdf5: damaged" in refused("--dataset", path)
@@ -157,15 +190,20 @@ def test_an_export_over_an_existing_dataset_is_refused(refused, tmp_path, monkey
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     (tmp_path / "minari/ooo/x-seed1-v0").mkdir(parents=True)
     assert "ooo/x-seed1-v0 exists already" in refused("--export", "ooo/x")
-    assert datasets.exists(cli.export_id(parse("--export", "ooo/y"), cli.RunLabel(1, ""))) is False
+    assert dataset_files.exists(cli.export_id(parse("--export", "ooo/y"), RunLabel(1, ""))) is False
 
 
 def test_resume_mismatch_and_no_run(refused, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     assert "not a run's folder" in refused("--resume", folder)
-    (folder / "config.json").write_text(json.dumps({"settings": cli.to_json(parse("--runs-dir", str(tmp_path / "runs")))}))
+    config = {"format": cli.FORMAT, "settings": cli.to_json(parse("--runs-dir", str(tmp_path / "runs")))}
+    (folder / "config.json").write_text(json.dumps(config))
     assert "num_seeds is 5 there and 3 here" in refused("--resume", folder, "--num-seeds", "3")
+    (folder / "config.json").write_text(json.dumps({**config, "format": 1, "git_commit": "abc"}))
+    assert re.search(
+        "a folder of format 1, and this version reads format 2.*commit abc", refused("--resume", folder)
+    )
     (folder / "config.json").write_text("{")
     assert "config.json" in refused("--resume", folder)
 
@@ -184,7 +222,8 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
     folder = tmp_path / "runs/ooo_iql/point-mass-wall/it"
     command = [sys.executable, REPO / "algos/ooo_iql.py"]
     flags = (
-        "--hidden 32 32 --num-seeds 1 --batch-size 16 --offline-steps 40 --online-steps 9600 --num-envs 8 --utd-ratio 0.125 "
+        "--hidden 32 32 --num-seeds 1 --batch-size 16 --offline-steps 40 --online-steps 9600 "
+        "--num-envs 8 --utd-ratio 0.125 "
         "--retrain-steps 40 --eval-episodes 1 --eval-every 9600 --checkpoint-every 400 --name it"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -193,10 +232,13 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
     while not any(int(p.name) > 2 for p in steps()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    size = 1 if room == "none at all" else 40_000  # a limit on each file stands in for the disk's: such writes fail alike
+    size = (
+        1 if room == "none at all" else 40_000
+    )  # a limit on each file stands in for the disk's: such writes fail alike
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     _, err = process.communicate(timeout=120)
-    # The checkpoint library's own threads may complain before and after our line, or leave one of theirs unfinished in front
+    # The checkpoint library's own threads may complain before and after our line, or leave one of theirs
+    # unfinished in front
     # of it; no traceback goes through our files.
     errors = re.findall("error: (no room left.*)", err)
     assert (process.returncode, len(errors)) == (2, 1), err
@@ -216,9 +258,19 @@ def test_family_defaults_and_explicit_flags():
     assert (args.env, args.dataset) == ("point-mass-wall", "ooo/point-mass-wall/over-v0")
     assert (args.hidden, args.num_envs, args.intrinsic, args.hyper.expectile) == ((64, 64), 32, "rnd", 0.9)
     args = parse("--expectile", "0.6", "--num-envs", "64", "--intrinsic", "none")
-    assert (args.hyper.expectile, args.num_envs, args.intrinsic, args.hyper.temperature) == (0.6, 64, "none", 10.0)
+    assert (args.hyper.expectile, args.num_envs, args.intrinsic, args.hyper.temperature) == (
+        0.6,
+        64,
+        "none",
+        10.0,
+    )
     args = parse("--env", "probe-match-obs", "--offline-steps", "0")
-    assert (args.dataset, args.hidden, args.online_steps, args.hyper.actor_lr) == ("none", (32, 32), 8_000, 3e-3)
+    assert (args.dataset, args.hidden, args.online_steps, args.hyper.actor_lr) == (
+        "none",
+        (32, 32),
+        8_000,
+        3e-3,
+    )
     assert parse("--offline-steps", "0").dataset == "none"
 
 
@@ -245,13 +297,17 @@ def test_help_shows_what_is_in_force(capsys):
         return re.sub(r"[│\s]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
 
     probe, wall = shown("--env", "probe-match-obs"), shown()
-    assert re.search(r"--hidden .{0,120}\(default: 32 32\)", probe) and re.search(r"--hidden .{0,120}\(default: 64 64\)", wall)
-    assert re.search(r"--online-steps .{0,120}\(default: 8000\)", probe) and re.search(r"--online-steps .{0,120}\(default: 960000\)", wall)
+    assert re.search(r"--hidden .{0,120}\(default: 32 32\)", probe) and re.search(
+        r"--hidden .{0,120}\(default: 64 64\)", wall
+    )
+    assert re.search(r"--online-steps .{0,120}\(default: 8000\)", probe) and re.search(
+        r"--online-steps .{0,120}\(default: 960000\)", wall
+    )
 
 
 def test_sweep_grid_and_labels():
     args = parse("--sweep", "intrinsic-coef=0,5", "expectile=0.7,0.9", "--num-seeds", "2", "--seed", "3")
-    hyper, labels = cli.grid(args)
+    hyper, labels = grid(args)
     assert [label.seed for label in labels] == [3, 4] * 4
     assert [label.setting for label in labels[::2]] == [
         f"intrinsic-coef={c} expectile={e}" for c, e in itertools.product(("0", "5"), ("0.7", "0.9"))
@@ -260,14 +316,23 @@ def test_sweep_grid_and_labels():
     np.testing.assert_array_equal(hyper.expectile, np.tile(np.repeat(np.float32([0.7, 0.9]), 2), 2))
     np.testing.assert_array_equal(hyper.discount, np.full(8, np.float32(0.99)))
     assert {x.dtype for x in vars(hyper).values()} == {np.dtype("float32")}
-    assert [label.setting for label in cli.grid(parse())[1]] == [""] * 5
+    assert [label.setting for label in grid(parse())[1]] == [""] * 5
 
 
 @pytest.mark.parametrize("module", [ooo_iql, iql])
 def test_config_round_trip(module):
-    args = parse("--env", "point-mass-wall", "--sweep", "actor-lr=1e-3,1", "--expectile", "0.8", module=module, families=module.SETTINGS)
+    args = parse(
+        "--env",
+        "point-mass-wall",
+        "--sweep",
+        "actor-lr=1e-3,1",
+        "--expectile",
+        "0.8",
+        module=module,
+        families=module.FAMILIES,
+    )
     assert cli.from_json(module.Args, json.loads(json.dumps(cli.to_json(args)))) == args
-    with pytest.raises(cli.UsageError, match=r"another script.*colour"):
+    with pytest.raises(UsageError, match=r"another script.*colour"):
         cli.from_json(module.Args, {**cli.to_json(args), "colour": 1})
 
 
@@ -284,7 +349,7 @@ def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every,
     block = num_envs if phase == "online" else 1
     start, end = start * block, (start + length) * block
     args = SimpleNamespace(eval_every=evaluate_every, checkpoint_every=save_every, num_envs=num_envs)
-    found = cli.chunks(args, phase, start, end, collected=7)
+    found = plan.cut_phase(args, plan.Phase(phase, start, end, acts=phase == "online", collected=7))
     steps = [step for c in found for step in range(c.start, c.start + c.length)]
     assert steps == list(range(start, end))
     assert all(c.length > 0 and c.length % block == 0 and c.phase == phase for c in found)
@@ -293,7 +358,9 @@ def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every,
     assert [c.last for c in found] == [i == len(found) - 1 for i in range(len(found))]
 
     def due(every):
-        """Ends of chunks at which something is due: at the first whole block at or after each multiple of `every`, and at the end."""
+        """Ends of chunks at which something is due: at the first whole block at or after each multiple of
+        `every`, and at the end.
+        """
         wanted = {-(-step // block) * block for step in range(start + 1, end) if step % every == 0}
         return (wanted | {end}) - {start} if found else set()
 
@@ -304,12 +371,17 @@ def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every,
 
 
 def test_the_plan_retrains_where_asked():
-    args = replace(parse("--online-steps", "320", "--retrain-steps", "4", "--offline-steps", "4"), retrain_at=(96, 320), eval_every=10**6)
-    plan = ooo_iql.make_plan(args)
-    assert [(c.phase, c.start, c.length, c.collected) for c in plan] == [
-        ("offline", 0, 4, 0), ("online", 0, 96, 0), ("retrained@96", 0, 4, 96), ("online", 96, 224, 96), ("retrained", 0, 4, 320),
+    args = replace(
+        parse("--online-steps", "320", "--retrain-steps", "4", "--offline-steps", "4"),
+        retrain_at=(96, 320),
+        eval_every=10**6,
+    )
+    chunks = plan.cut(args, ooo_iql.make_plan(args))
+    assert [(c.phase, c.start, c.length, c.collected) for c in chunks] == [
+        ("offline", 0, 4, 0), ("online", 0, 96, 0), ("retrained@96", 0, 4, 96), ("online", 96, 224, 96),
+        ("retrained", 0, 4, 320),
     ]  # fmt: skip
-    last = ooo_iql.make_plan(replace(args, retrain_at=(96,)))
+    last = plan.cut(args, ooo_iql.make_plan(replace(args, retrain_at=(96,))))
     assert [(c.phase, c.start) for c in last][-2:] == [("retrained", 0), ("online", 96)]
 
 
@@ -321,27 +393,68 @@ def test_the_plan_retrains_where_asked():
     [
         ("--env hopper --dataset x", {"return_range": 1000.0, "expectile": 0.7, "reward_bias": 0.0}),
         ("--env ant-sparse", {"return_range": 0.0, "offline_steps": 0, "dataset": "none"}),
-        ("--env antmaze-large-play", {"return_range": 0.0, "expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0}),
+        (
+            "--env antmaze-large-play",
+            {"return_range": 0.0, "expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0},
+        ),
         ("--env antmaze-umaze", {"dataset": "ooo/antmaze-umaze/noisy-v0"}),
-        ("--env maze2d-large-missing-data", {"temperature": 3.0, "dataset": "ooo/maze2d-large-missing-data/noisy-v0"}),
+        (
+            "--env maze2d-large-missing-data",
+            {"temperature": 3.0, "dataset": "ooo/maze2d-large-missing-data/noisy-v0"},
+        ),
         ("--dataset D4RL/door/human-v2 --online-steps 0", {"temperature": 0.5, "dropout": 0.1}),
         ("--dataset halfcheetah_medium-v2.hdf5 --online-steps 0", {"return_range": 1000.0}),
         ("--dataset pendulum.hdf5 --online-steps 0", {"temperature": 3.0, "dropout": 0.0}),  # not the pen
     ],
 )
 def test_settings_of_the_papers_by_family(flags, expected):
-    args = cli.parse(iql.Args, iql.SETTINGS, flags.split())
+    args = cli.parse(iql.Args, flags.split())
     found = {**vars(args), **vars(args.hyper)}
     assert {name: found[name] for name in expected} == expected
 
 
 def test_return_range_scales_the_rewards_by_the_datas_returns():
-    args = cli.parse(iql.Args, iql.SETTINGS, ["--env", "hopper", "--dataset", "x"])
-    hyper, _ = cli.grid(args)
+    hyper, _ = grid(iql.Args(env="hopper", dataset="x"))
+    card = {"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]}
 
-    data = SimpleNamespace(card={"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]})
-    np.testing.assert_allclose(cli.scale_returns(args, hyper, data).reward_scale, 0.25)
-    np.testing.assert_allclose(cli.scale_returns(args, hyper, None).reward_scale, 1.0)
-    data.card["return_quantiles"] = [5.0] * 5
-    with pytest.raises(cli.UsageError, match="every episode of x has the return 5"):
-        cli.scale_returns(args, hyper, data)
+    def scaled(data, size):
+        return session.Session.scaled_to(SimpleNamespace(hyper=hyper, card=card, data=data), size)
+
+    np.testing.assert_allclose(scaled("some", 1000).reward_scale, 0.25)
+    np.testing.assert_allclose(scaled(None, 1000).reward_scale, 1.0)
+    np.testing.assert_allclose(scaled("some", 0).reward_scale, 1.0)
+    card["return_quantiles"] = [5.0] * 5
+    with pytest.raises(UsageError, match="every episode of x has the return 5"):
+        scaled("some", 1000)
+
+
+# --- settings from Python ---
+
+
+def test_a_call_gives_the_settings_in_force():
+    args = iql.Args(env="antmaze-umaze", expectile=0.8, num_seeds=4)
+    assert (args.hyper.expectile, args.num_seeds) == (0.8, 4)  # named
+    assert (args.hyper.temperature, args.hyper.reward_bias) == (10, -1)  # of the family
+    assert (args.hyper.value_lr, args.batch_size) == (3e-4, 256)  # defaults
+    assert iql.Args().hidden == iql.FAMILIES["point-mass-wall"]["hidden"]
+    assert iql.Args(hyper=iql.Hyper(expectile=0.6)).hyper == iql.Hyper(expectile=0.6)
+    assert iql.Args(hyper=iql.Hyper(expectile=0.6), discount=0.5).hyper == iql.Hyper(
+        expectile=0.6, discount=0.5
+    )
+
+
+def test_a_call_is_what_the_command_makes_of_the_same_words():
+    args = ooo_iql.Args(env="point-mass-wall-sparse", expectile=0.8, retrain_at=(48, 96), num_envs=48)
+    flags = "--env point-mass-wall-sparse --expectile 0.8 --retrain-at 48 96 --num-envs 48"
+    assert cli.resolved(args) == cli.parse(ooo_iql.Args, flags.split())
+
+
+def test_changing_one_setting_keeps_the_others():
+    args = iql.Args(env="antmaze-umaze", expectile=0.8)
+    changed = replace(args, num_seeds=2)
+    assert changed == iql.Args(env="antmaze-umaze", expectile=0.8, num_seeds=2)
+
+
+def test_an_unknown_setting_names_the_near_ones():
+    with pytest.raises(UsageError, match="there is no setting 'expectil'; did you mean expectile"):
+        iql.Args(expectil=0.5)

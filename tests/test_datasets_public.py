@@ -1,4 +1,5 @@
-"""Farama's and D4RL's datasets load by id or path into D4RL's layout, and their cards say how they differ from D4RL's."""
+"""Farama's and D4RL's datasets load by id or path into D4RL's layout, and their cards say how they differ
+from D4RL's."""
 
 import gymnasium
 import h5py
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
 
-from data import datasets, public
-from data.datasets import DatasetError, load
+from ooo_rl.data.datasets import public
+from ooo_rl.data.datasets.validate import check_fits
+from ooo_rl.data.errors import DatasetError
+from ooo_rl.data.recipes.library import load
 
 gymnasium_robotics = pytest.importorskip("gymnasium_robotics")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's advice on metadata
@@ -26,15 +29,23 @@ def root(tmp_path, monkeypatch):
 def stack(observations):
     """A list of (nested dictionaries of) observations as (nested dictionaries of) arrays."""
     first = observations[0]
-    return {key: stack([obs[key] for obs in observations]) for key in first} if isinstance(first, dict) else np.stack(observations)
+    return (
+        {key: stack([obs[key] for obs in observations]) for key in first}
+        if isinstance(first, dict)
+        else np.stack(observations)
+    )
 
 
 def record(env_id, dataset_id, body="", episodes=2, steps=5):
-    """Steps a Gymnasium environment at random and writes a Minari dataset; returns MuJoCo's own (qpos, qvel) of every observation."""
+    """Steps a Gymnasium environment at random and writes a Minari dataset; returns MuJoCo's own (qpos, qvel)
+    of every observation."""
     gymnasium.register_envs(gymnasium_robotics)
     env, states, buffers = gymnasium.make(env_id), [], []
     env.action_space.seed(0)
-    see = lambda: np.concatenate([(data := getattr(env.unwrapped, body).data).qpos, data.qvel]) if body else None  # noqa: E731
+
+    def see():
+        return np.concatenate([(data := getattr(env.unwrapped, body).data).qpos, data.qvel]) if body else None
+
     for i in range(episodes):
         obs, actions, rewards = [env.reset(seed=i)[0]], [], []
         states.append([see()])
@@ -46,8 +57,8 @@ def record(env_id, dataset_id, body="", episodes=2, steps=5):
         last = [t == steps - 1 for t in range(steps)]
         buffers.append(
             EpisodeBuffer(
-                id=i, observations=stack(obs), actions=np.float32(actions), rewards=rewards, terminations=[False] * steps,
-                truncations=last, infos={"step": np.arange(steps + 1)},
+                id=i, observations=stack(obs), actions=np.float32(actions), rewards=rewards,
+                terminations=[False] * steps, truncations=last, infos={"step": np.arange(steps + 1)},
             )
         )  # fmt: skip
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
@@ -71,11 +82,22 @@ def test_pointmaze_has_the_layout_of_maze2d(root, dataset_id, monkeypatch):
     np.testing.assert_array_equal(data.transitions.obs, np.concatenate(states[:, :-1]))
     np.testing.assert_array_equal(data.transitions.next_obs, np.concatenate(states[:, 1:]))
     assert (data.card["obs_size"], data.card["action_size"], data.card["truncated_episodes"]) == (4, 2, 2)
-    assert has(data.card, "goals dropped", "centred on the origin", "y up", "goal changes during the data", "cut where it is reached")
+    assert has(
+        data.card,
+        "goals dropped",
+        "centred on the origin",
+        "y up",
+        "goal changes during the data",
+        "cut where it is reached",
+    )
     assert data.card["normalized_score"] is None and len(data.card["notes"]) == 2
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root / "none"))
     monkeypatch.chdir(root / "D4RL")
-    for path in (root / dataset_id, root / dataset_id / "data" / "main_data.hdf5", dataset_id.removeprefix("D4RL/")):
+    for path in (
+        root / dataset_id,
+        root / dataset_id / "data" / "main_data.hdf5",
+        dataset_id.removeprefix("D4RL/"),
+    ):
         card = load(str(path)).card
         assert card["sha256"] == data.card["sha256"] and card["notes"] == data.card["notes"]
 
@@ -86,11 +108,20 @@ def test_antmaze_has_the_layout_of_d4rl(root, version):
     with h5py.File(root / "D4RL/antmaze/umaze-v1/data/main_data.hdf5") as file:
         assert file["episode_0/observations/observation"].shape[1] == {"v4": 27, "v5": 105}[version]
     data = load("D4RL/antmaze/umaze-v1")
-    np.testing.assert_array_equal(data.transitions.obs, np.concatenate(states[:, :-1]))  # x, y, ... of the 15 positions, 14 velocities
+    np.testing.assert_array_equal(
+        data.transitions.obs, np.concatenate(states[:, :-1])
+    )  # x, y, ... of the 15 positions, 14 velocities
     np.testing.assert_array_equal(data.transitions.next_obs, np.concatenate(states[:, 1:]))
     assert (data.card["obs_size"], data.card["action_size"]) == (29, 8)
     assert has(
-        data.card, "goals, and contact forces", "continuing task", "gear 150", "0.05 s", "y up", "stays at the goal", "do not compare"
+        data.card,
+        "goals, and contact forces",
+        "continuing task",
+        "gear 150",
+        "0.05 s",
+        "y up",
+        "stays at the goal",
+        "do not compare",
     )
 
 
@@ -114,7 +145,12 @@ def test_notes_on_data_of_other_physics(root, env_id, dataset_id, body, words):
 
 
 def test_every_table_of_notes_matches_its_ids():
-    ids = ["D4RL/pointmaze/open-dense-v2", "D4RL/antmaze/large-play-v1", "D4RL/hammer/cloned-v2", "D4RL/relocate/expert-v2"]
+    ids = [
+        "D4RL/pointmaze/open-dense-v2",
+        "D4RL/antmaze/large-play-v1",
+        "D4RL/hammer/cloned-v2",
+        "D4RL/relocate/expert-v2",
+    ]
     ids += ["D4RL/pen/human-v2", "D4RL/kitchen/mixed-v2", "mujoco/ant/expert-v0"]
     assert all(len(public.notes(name)) == 1 for name in ids)
     assert not public.notes("ooo/point-mass-wall/over-v0") and not public.notes("halfcheetah-medium-v2")
@@ -123,31 +159,42 @@ def test_every_table_of_notes_matches_its_ids():
 @pytest.mark.parametrize(
     ("shapes", "size"),
     [
-        ({"observation": (59,), "achieved_goal": {"kettle": (7,)}, "desired_goal": {"kettle": (7,)}}, 73),  # FrankaKitchen
-        ({"observation": (10,), "achieved_goal": (3,), "desired_goal": (3,)}, 16),  # Fetch
+        # FrankaKitchen, and Fetch
+        ({"observation": (59,), "achieved_goal": {"kettle": (7,)}, "desired_goal": {"kettle": (7,)}}, 73),
+        ({"observation": (10,), "achieved_goal": (3,), "desired_goal": (3,)}, 16),
         ({"observation": (4,), "achieved_goal": (3,), "desired_goal": (3,)}, 10),
         ({"observation": (4,), "achieved_goal": (2,)}, 6),
     ],
 )
 def test_other_dictionaries_keep_all_keys(root, shapes, size):
-    box = lambda s: gymnasium.spaces.Dict({k: box(v) for k, v in s.items()}) if isinstance(s, dict) else gymnasium.spaces.Box(-9, 9, s)  # noqa: E731
+    def box(s):
+        if isinstance(s, dict):
+            return gymnasium.spaces.Dict({k: box(v) for k, v in s.items()})
+        return gymnasium.spaces.Box(-9, 9, s)
+
     space = box(shapes)
     space.seed(0)
     buffer = EpisodeBuffer(
-        id=0, observations=stack([space.sample() for _ in range(4)]), actions=np.zeros((3, 2), np.float32), rewards=[0.0] * 3,
-        terminations=[False] * 3, truncations=[False, False, True], infos={"step": np.arange(4)},
+        id=0, observations=stack([space.sample() for _ in range(4)]), actions=np.zeros((3, 2), np.float32),
+        rewards=[0.0] * 3, terminations=[False] * 3, truncations=[False, False, True],
+        infos={"step": np.arange(4)},
     )  # fmt: skip
     spaces = {"observation_space": space, "action_space": gymnasium.spaces.Box(-1, 1, (2,))}
     minari.create_dataset_from_buffers("some/dict-v0", [buffer], description="test", **spaces)
     card = load("some/dict-v0").card
-    assert card["obs_size"] == size and has(card, "flattened in the order achieved_goal") and not has(card, "maze")
+    assert (
+        card["obs_size"] == size
+        and has(card, "flattened in the order achieved_goal")
+        and not has(card, "maze")
+    )
 
 
 # --- D4RL's files ---
 
 
 def d4rl(path, obs=17, act=6, n=12, next_observations=False, terminals=True, observations=None):
-    """A file with the arrays, types and groups of D4RL's; timeouts after rows 4 and 11, a terminal at row 8. Returns the arrays."""
+    """A file with the arrays, types and groups of D4RL's; timeouts after rows 4 and 11, a terminal at row 8.
+    Returns the arrays."""
     rng = np.random.default_rng(0)
     walk = rng.normal(size=(n + 1, obs)).astype(np.float32) if observations is None else observations
     arrays = {"observations": walk[:-1], "actions": rng.uniform(-1, 1, (n, act)).astype(np.float32)}
@@ -174,7 +221,12 @@ FILES = [  # D4RL's id, the file that D4RL downloads for it, and the sizes
     ("maze2d-large-v1", "maze2d-large-sparse-v1", 4, 2),
     ("maze2d-umaze-dense-v1", "maze2d-umaze-dense-v1", 4, 2),
     ("maze2d-open-v0", "maze2d-open-sparse", 4, 2),
-    ("antmaze-large-diverse-v2", "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed", 29, 8),
+    (
+        "antmaze-large-diverse-v2",
+        "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed",
+        29,
+        8,
+    ),
     ("antmaze-medium-play-v2", "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed", 29, 8),
     ("antmaze-umaze-v0", "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse", 29, 8),
     ("antmaze-umaze-diverse-v1", "Ant_maze_umaze_noisy_multistart_True_multigoal_True_sparse", 29, 8),
@@ -189,10 +241,33 @@ def test_d4rl_ids_find_the_files_that_d4rl_downloaded(root, name, file, obs, act
     path = public.d4rl_folder() / f"{file}.hdf5"
     d4rl(path, obs, act)
     data = load(name)
-    assert (data.card["id"], data.card["source"]) == (name, str(path)) and data.card["normalized_score"] is not None
-    datasets.check_fits(data, obs, act, name)
+    assert (data.card["id"], data.card["source"]) == (name, str(path)) and data.card[
+        "normalized_score"
+    ] is not None
+    check_fits(data, obs, act, name)
     assert load(str(path)).card["sha256"] == data.card["sha256"]
     assert name in public.d4rl_ids()
+
+
+@pytest.mark.parametrize("name", ["maze2d-umaze-sparse.hdf5", "maze2d-large-v0.hdf5"])
+def test_d4rls_first_maze2d_is_one_run_without_ends(root, name):
+    d4rl(public.d4rl_folder() / name, 4, 2, terminals=False)
+    with h5py.File(public.d4rl_folder() / name, "a") as file:
+        del file["timeouts"]
+    card = load(str(public.d4rl_folder() / name)).card
+    assert (card["transitions"], card["episodes"]) == (11, 1) and has(card, "one run without resets")
+
+
+@pytest.mark.parametrize("folder", ["home/ant", "pen", "hopper-medium-v2", "D4RL/door/human-v2"])
+def test_words_of_a_path_give_no_score(root, tmp_path, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    d4rl(tmp_path / folder / "hopper_log.hdf5", next_observations=True)
+    assert load(str(tmp_path / folder / "hopper_log.hdf5")).card["normalized_score"] is None
+    d4rl(tmp_path / folder / "hopper_medium-v2.hdf5", next_observations=True)
+    assert load(str(tmp_path / folder / "hopper_medium-v2.hdf5")).card["normalized_score"] is not None
+    record("Hopper-v5", "mine/log-v0", episodes=1)
+    (root / "mine/log-v0").rename(tmp_path / folder / "moved")
+    assert load(str(tmp_path / folder / "moved")).card["normalized_score"] is None
 
 
 def test_a_file_of_d4rl_under_minaris_file_name_is_refused(root, tmp_path):
@@ -213,7 +288,9 @@ def test_d4rls_folder_is_in_the_home_folder_unless_said_otherwise(monkeypatch, t
     monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (
-        public.d4rl_folder() == tmp_path / ".d4rl" / "datasets" and public.d4rl_ids() == [] and public.d4rl_file("hopper-medium-v2") is None
+        public.d4rl_folder() == tmp_path / ".d4rl" / "datasets"
+        and public.d4rl_ids() == []
+        and public.d4rl_file("hopper-medium-v2") is None
     )
     monkeypatch.setenv("D4RL_DATASET_DIR", "~/elsewhere")
     assert public.d4rl_folder() == tmp_path / "elsewhere"
@@ -221,9 +298,13 @@ def test_d4rls_folder_is_in_the_home_folder_unless_said_otherwise(monkeypatch, t
 
 def test_an_unknown_id_is_told_of_d4rls_folder(root):
     d4rl(public.d4rl_folder() / "halfcheetah_medium-v2.hdf5")
-    with pytest.raises(DatasetError, match=r"unknown dataset 'halfcheetah-medium-v1'; near it.* halfcheetah-medium-v2") as error:
+    with pytest.raises(
+        DatasetError, match=r"unknown dataset 'halfcheetah-medium-v1'; near it.* halfcheetah-medium-v2"
+    ) as error:
         load("halfcheetah-medium-v1")
-    assert f"(halfcheetah_medium-v1.hdf5) into {public.d4rl_folder()}" in str(error.value) and "minari download" in str(error.value)
+    assert f"(halfcheetah_medium-v1.hdf5) into {public.d4rl_folder()}" in str(
+        error.value
+    ) and "minari download" in str(error.value)
 
 
 def test_rows_of_a_file_without_next_observations(root, tmp_path):
@@ -245,7 +326,11 @@ def test_rows_of_a_file_with_next_observations(root, tmp_path):
     data = load(str(tmp_path / "halfcheetah.hdf5"))
     np.testing.assert_array_equal(data.transitions.next_obs, arrays["next_observations"])
     np.testing.assert_array_equal(np.bincount(data.episode), [5, 4, 3])
-    assert (data.card["terminated_episodes"], data.card["truncated_episodes"], data.card["notes"]) == (1, 2, [])
+    assert (data.card["terminated_episodes"], data.card["truncated_episodes"], data.card["notes"]) == (
+        1,
+        2,
+        [],
+    )
 
 
 def test_maze2d_without_terminals(root, tmp_path):
@@ -278,12 +363,22 @@ def test_zeros_elsewhere_are_kept(root, tmp_path):
 @pytest.mark.parametrize(
     ("obs", "act", "wanted", "message"),
     [
-        (17, 6, (29, 8), "has 17 observations and 6 actions, antmaze has 29 and 8.*come from halfcheetah or walker2d"),
+        (
+            17,
+            6,
+            (29, 8),
+            "has 17 observations and 6 actions, antmaze has 29 and 8.*come from halfcheetah or walker2d",
+        ),
         (29, 8, (27, 8), "has 29 observations and 8 actions, antmaze has 27 and 8.*come from antmaze"),
-        (13, 5, (29, 8), "has 13 observations and 5 actions, antmaze has 29 and 8: they do not belong together$"),
+        (
+            13,
+            5,
+            (29, 8),
+            "has 13 observations and 5 actions, antmaze has 29 and 8: they do not belong together$",
+        ),
     ],
 )
 def test_a_dataset_of_another_body_is_named(root, tmp_path, obs, act, wanted, message):
     d4rl(tmp_path / "d.hdf5", obs, act)
     with pytest.raises(DatasetError, match=message):
-        datasets.check_fits(load(str(tmp_path / "d.hdf5")), *wanted, "antmaze")
+        check_fits(load(str(tmp_path / "d.hdf5")), *wanted, "antmaze")

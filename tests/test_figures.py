@@ -1,4 +1,5 @@
-"""Figures: written, of the promised size, and showing the data they were given; their looks are for people to judge."""
+"""Figures: written, of the promised size, and showing the data they were given; their looks are for people to
+judge."""
 
 import csv
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from data import cli, figures, report, statistics
-from data.run import Run
-from envs.point_mass_wall import PointMassWall
+from ooo_rl.data.figures import aggregates, curves, maps, style
+from ooo_rl.data.runs import report
+from ooo_rl.data.runs.session import Session
+from ooo_rl.data.runs.sweep import RunLabel
+from ooo_rl.envs.point_mass_wall import PointMassWall
 
 LAYOUT = PointMassWall().layout
 
@@ -19,15 +22,37 @@ LAYOUT = PointMassWall().layout
 def record(seeds, settings=("",), phases=("offline", "online", "retrained"), points=4):
     rng = np.random.default_rng(0)
     keys = [(p, 100 * i, k, s) for p in phases for i in range(points) for k in range(seeds) for s in settings]
-    return [{"phase": p, "step": t, "seed": k, "setting": s, "metric": "eval/return", "value": rng.normal(t / 100)} for p, t, k, s in keys]
+    return [
+        {
+            "phase": p,
+            "step": t,
+            "seed": k,
+            "setting": s,
+            "metric": "eval/return",
+            "value": rng.normal(t / 100),
+        }
+        for p, t, k, s in keys
+    ]
 
 
 def panels(count):
     rng = np.random.default_rng(1)
     paths = np.cumsum(rng.normal(0, 0.02, size=(7, 50, 2)), axis=1) + np.float64(LAYOUT["start"])
     paths[:3, 30:] = np.nan
-    full = figures.Panel("all", paths.reshape(-1, 2), paths, paths[3], "a note that is long enough to need a second line at this width")
-    return [full, figures.Panel("nothing"), figures.Panel("list", paths=list(paths)), figures.Panel("visits", paths[0]), full][:count]
+    full = maps.Panel(
+        "all",
+        paths.reshape(-1, 2),
+        paths,
+        paths[3],
+        "a note that is long enough to need a second line at this width",
+    )
+    return [
+        full,
+        maps.Panel("nothing"),
+        maps.Panel("list", paths=list(paths)),
+        maps.Panel("visits", paths[0]),
+        full,
+    ][:count]
 
 
 def ink(path):
@@ -54,10 +79,13 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "seeds, settings, points", [(1, ("",), 4), (20, ("",), 4), (3, tuple("abcdefghi"), 2), (5, ("a", "b"), 1), (1, ("",), 1)]
+    "seeds, settings, points",
+    [(1, ("",), 4), (20, ("",), 4), (3, tuple("abcdefghi"), 2), (5, ("a", "b"), 1), (1, ("",), 1)],
 )
 def test_learning_curves_are_drawn(tmp_path, seeds, settings, points):
-    figures.learning_curves(record(seeds, settings, points=points), tmp_path / "new" / "curves.png", title="title")
+    curves.learning_curves(
+        record(seeds, settings, points=points), tmp_path / "new" / "curves.png", title="title"
+    )
     assert ink(tmp_path / "new" / "curves.png") > 0.01
 
 
@@ -66,39 +94,50 @@ def test_learning_curves_show_the_statistics(tmp_path, drawn):
     rows.append({**rows[0], "value": 7.0})  # a run that was resumed writes the same step again
     rows.append({**rows[0], "seed": 9, "value": np.nan})
     write(tmp_path / "metrics.csv", rows)
-    figures.learning_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", metric="eval/return")
-    left, right = drawn[0].axes
-    assert (left.get_title(), right.get_title()) == ("offline", "retrained")
-    assert left.get_xlabel() == right.get_xlabel() == "gradient steps"
+    units = {"retrained": "gradient steps", "online": "environment steps"}
+    path = tmp_path / "curves.png"
+    curves.learning_curves(tmp_path / "metrics.csv", path, metric="eval/return", units=units)
+    right, left = drawn[0].axes
+    assert (right.get_title(), left.get_title()) == ("retrained", "offline")  # in the order of time
+    assert (right.get_xlabel(), left.get_xlabel()) == ("gradient steps", "steps")
     values = [7.0] + [r["value"] for r in rows[1:6]]
-    assert right.lines[-1].get_ydata()[0] == pytest.approx(statistics.iqm(values))
+    assert right.lines[-1].get_ydata()[0] == pytest.approx(aggregates.iqm(values))
     band = right.collections[0].get_paths()[0].vertices
-    low, high = statistics.bootstrap_interval(values)
+    low, high = aggregates.bootstrap_interval(values)
     at_start = band[band[:, 0] == 0, 1]
     assert at_start.min() == pytest.approx(low) and at_start.max() == pytest.approx(high)
 
 
 def test_a_metric_that_is_not_there_is_an_error_that_names_the_others(tmp_path):
     with pytest.raises(ValueError, match="eval/return"):
-        figures.learning_curves(record(1), tmp_path / "curves.png", metric="success")
+        curves.learning_curves(record(1), tmp_path / "curves.png", metric="success")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_maps_are_drawn_whole(tmp_path, drawn, count):
-    figures.figure_2d(tmp_path / "map.png", LAYOUT, panels(count))
+    maps.figure_2d(tmp_path / "map.png", LAYOUT, panels(count))
     assert ink(tmp_path / "map.png") > 0.02 and len(drawn[0].axes) == count
     drawn[0].draw_without_rendering()  # saving has left positions in the pixels of another resolution
     frame = drawn[0].bbox
-    for words in (drawn[0].legends[0], *(ax.title for ax in drawn[0].axes), *(ax.xaxis.label for ax in drawn[0].axes)):
+    for words in (
+        drawn[0].legends[0],
+        *(ax.title for ax in drawn[0].axes),
+        *(ax.xaxis.label for ax in drawn[0].axes),
+    ):
         box = words.get_window_extent()
-        assert box.x0 >= frame.x0 - 1 and box.x1 <= frame.x1 + 1 and box.y0 >= frame.y0 - 1 and box.y1 <= frame.y1 + 1
+        assert (
+            box.x0 >= frame.x0 - 1
+            and box.x1 <= frame.x1 + 1
+            and box.y0 >= frame.y0 - 1
+            and box.y1 <= frame.y1 + 1
+        )
     with pytest.raises(ValueError, match="no panels"):
-        figures.figure_2d(tmp_path / "map.png", LAYOUT, [])
+        maps.figure_2d(tmp_path / "map.png", LAYOUT, [])
 
 
 def test_a_map_shows_what_the_panel_holds(tmp_path, drawn):
     panel = panels(1)[0]
-    figures.figure_2d(tmp_path / "map.png", LAYOUT, [panel])
+    maps.figure_2d(tmp_path / "map.png", LAYOUT, [panel])
     (ax,) = drawn[0].axes
     assert np.ma.sum(ax.images[0].get_array()) == np.isfinite(panel.visits[:, 0]).sum()
     lines = [np.transpose(line.get_data()) for line in ax.lines]
@@ -107,17 +146,17 @@ def test_a_map_shows_what_the_panel_holds(tmp_path, drawn):
 
 
 def test_framework_is_drawn_with_and_without_maps(tmp_path, drawn):
-    figures.framework(tmp_path / "plain.png")
-    figures.framework(tmp_path / "full.png", LAYOUT, [panels(1)[0], None, panels(1)[0]], rows=(1_000, 2_000))
+    maps.framework(tmp_path / "plain.png")
+    maps.framework(tmp_path / "full.png", LAYOUT, [panels(1)[0], None, panels(1)[0]], rows=(1_000, 2_000))
     assert ink(tmp_path / "plain.png") > 0.05 and ink(tmp_path / "full.png") > 0.05
     assert len(drawn[1].axes) == 3 and "2,000" in " ".join(t.get_text() for t in drawn[1].axes[0].texts)
     with pytest.raises(ValueError, match="up to 3"):
-        figures.framework(tmp_path / "full.png", LAYOUT, panels(5))
+        maps.framework(tmp_path / "full.png", LAYOUT, panels(5))
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path):
     before = dict(mpl.rcParams)
-    figures.figure_2d(tmp_path / "map.png", LAYOUT, panels(2))
+    maps.figure_2d(tmp_path / "map.png", LAYOUT, panels(2))
     assert dict(mpl.rcParams) == before
 
 
@@ -125,13 +164,20 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path):
 
 
 def q_record(values):
-    """Rows of "q": `values` maps (phase, seed, setting) to its values at steps 100, 200 ..., in the order of time."""
+    """Rows of "q": `values` maps (phase, seed, setting) to its values at steps 100, 200 ..., in the order of
+    time."""
     rows = []
     for phase in dict.fromkeys(phase for phase, *_ in values):
         for i in range(max(len(v) for key, v in values.items() if key[0] == phase)):
             for (where, seed, setting), run in values.items():
                 if where == phase and i < len(run):
-                    row = {"phase": phase, "step": 100 * (i + 1), "seed": seed, "setting": setting, "value": run[i]}
+                    row = {
+                        "phase": phase,
+                        "step": 100 * (i + 1),
+                        "seed": seed,
+                        "setting": setting,
+                        "value": run[i],
+                    }
                     rows += [{**row, "metric": "critic_loss", "value": 1.0}, {**row, "metric": "q"}]
     return rows
 
@@ -145,71 +191,110 @@ def crosses(ax):
 
 
 def test_q_of_a_healthy_run_is_its_seeds_and_their_mean(tmp_path, drawn):
-    rows = q_record({("offline", 0, ""): [10, 20, 30], ("offline", 1, ""): [20, 30, 50], ("online", 0, ""): [40], ("online", 1, ""): [60]})
-    figures.q_curves(rows, tmp_path / "new" / "q.png", limit=1e5, title="title")
+    rows = q_record(
+        {
+            ("offline", 0, ""): [10, 20, 30],
+            ("offline", 1, ""): [20, 30, 50],
+            ("online", 0, ""): [40],
+            ("online", 1, ""): [60],
+        }
+    )
+    curves.q_curves(rows, tmp_path / "new" / "q.png", limit=1e5, title="title")
     assert ink(tmp_path / "new" / "q.png") > 0.01
     left, right = drawn[0].axes
     assert (left.get_title(), right.get_title(), left.get_yscale()) == ("offline", "online", "symlog")
     (mean,) = thick(left)
     np.testing.assert_allclose(mean.get_ydata(), [15, 25, 40])
-    assert sorted(tuple(line.get_ydata()) for line in left.lines if line is not mean) == [(10, 20, 30), (20, 30, 50)]
+    assert sorted(tuple(line.get_ydata()) for line in left.lines if line is not mean) == [
+        (10, 20, 30),
+        (20, 30, 50),
+    ]
     assert thick(right)[0].get_ydata() == [50] and not crosses(left) and not drawn[0].legends
     assert left.yaxis.get_transform().linthresh == 100  # most of it lies in the linear part
 
 
 def test_a_diverged_seed_ends_in_a_cross_and_leaves_the_mean(tmp_path, drawn):
     first, later = [-10, -11, -12, -13], [-14, -15]
-    values = {("offline", 0, ""): first, ("offline", 1, ""): [-10, -5e3, -2e7, np.nan], ("offline", 2, ""): [-10, -10, np.nan, np.nan]}
+    values = {
+        ("offline", 0, ""): first,
+        ("offline", 1, ""): [-10, -5e3, -2e7, np.nan],
+        ("offline", 2, ""): [-10, -10, np.nan, np.nan],
+    }
     values |= {("online", 0, ""): later, ("online", 1, ""): [np.nan, -1e30], ("online", 2, ""): later}
     stopped = {(1, ""): ("offline", 300), (2, ""): ("offline", 300)}
-    figures.q_curves(q_record(values), tmp_path / "q.png", stopped, 1e5)
+    curves.q_curves(q_record(values), tmp_path / "q.png", stopped, 1e5)
     left, right = drawn[0].axes
     np.testing.assert_allclose(thick(left)[0].get_ydata(), [-10, -5021 / 3, -12, -13])
-    assert crosses(left) == [(300, -1e6), (300, 1.0)]  # ten times the limit; the upper edge, in parts of the axes
+    assert crosses(left) == [
+        (300, -1e6),
+        (300, 1.0),
+    ]  # ten times the limit; the upper edge, in parts of the axes
     assert not crosses(right)
-    np.testing.assert_allclose(thick(right)[0].get_ydata(), later)  # what a stopped run logs later is not drawn
+    np.testing.assert_allclose(
+        thick(right)[0].get_ydata(), later
+    )  # what a stopped run logs later is not drawn
     assert [tuple(line.get_ydata()) for line in left.lines if line.get_linestyle() == "--"] == [(-1e5, -1e5)]
-    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["stopped", "--max-q 100000"]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["stopped", "--max-q: 100000"]
     low, high = left.get_ylim()
     assert -1e7 < low < -1e6 and high < 1e3
 
 
-@pytest.mark.parametrize("top, limit, lines", [(900.0, 1e4, 0), (1_100.0, 1e4, 1), (1_100.0, np.inf, 0), (-1_100.0, 1e4, 1)])
+@pytest.mark.parametrize(
+    "top, limit, lines", [(900.0, 1e4, 0), (1_100.0, 1e4, 1), (1_100.0, np.inf, 0), (-1_100.0, 1e4, 1)]
+)
 def test_the_limit_is_drawn_where_the_values_come_near_it(tmp_path, drawn, top, limit, lines):
-    figures.q_curves(q_record({("retrained", 0, ""): [1, top]}), tmp_path / "q.png", limit=limit)
+    curves.q_curves(q_record({("retrained", 0, ""): [1, top]}), tmp_path / "q.png", limit=limit)
     found = [line.get_ydata()[0] for line in drawn[0].axes[0].lines if line.get_linestyle() == "--"]
     assert found == [np.sign(top) * limit] * lines and len(drawn[0].legends) == lines
 
 
 def test_q_of_settings_and_of_no_values_at_all(tmp_path, drawn):
-    settings = {("online", seed, f"discount={d}"): [d * 10 + seed, d * 20, d * 1e9] for seed in (0, 1) for d in (0.9, 1.0)}
-    figures.q_curves(q_record(settings), tmp_path / "q.png", {(1, "discount=1.0"): ("online", 200)})
+    settings = {
+        ("online", seed, f"discount={d}"): [d * 10 + seed, d * 20, d * 1e9]
+        for seed in (0, 1)
+        for d in (0.9, 1.0)
+    }
+    curves.q_curves(q_record(settings), tmp_path / "q.png", {(1, "discount=1.0"): ("online", 200)})
     (ax,) = drawn[0].axes
     means = {line.get_color(): line.get_ydata() for line in thick(ax)}
-    np.testing.assert_allclose(means[figures.COLORS[0]], [9.5, 18, 0.9e9])
-    np.testing.assert_allclose(means[figures.COLORS[1]], [10.5, 20, 1e9])
+    np.testing.assert_allclose(means[style.COLORS[0]], [9.5, 18, 0.9e9])
+    np.testing.assert_allclose(means[style.COLORS[1]], [10.5, 20, 1e9])
     assert crosses(ax) == [(200, 20)]
-    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["discount=0.9", "discount=1.0", "stopped"]
-    figures.q_curves(q_record({("online", 0, ""): [np.nan]}), tmp_path / "nan.png", {(0, ""): ("online", 100)})
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == [
+        "discount=0.9",
+        "discount=1.0",
+        "stopped",
+    ]
+    curves.q_curves(q_record({("online", 0, ""): [np.nan]}), tmp_path / "nan.png", {(0, ""): ("online", 100)})
     assert crosses(drawn[1].axes[0]) == [(100, 1.0)]
     with pytest.raises(ValueError, match="no rows of 'q'"):
-        figures.q_curves(record(1), tmp_path / "q.png")
+        curves.q_curves(record(1), tmp_path / "q.png")
 
 
 def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, drawn):
-    """`report` reads phase and step out of the words of `Run.find_broken`."""
-    labels = [cli.RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]
-    args = SimpleNamespace(max_q=100.0)
-    run = SimpleNamespace(folder=tmp_path, method="iql", task="it", labels=labels, args=args, failed={}, phases={}, paths={})
-    chunk = cli.Chunk("retrained@160", 100, 100, True, True, True, True, 0)
+    """`report` reads phase and step out of the words of `Session.find_broken`."""
+    labels = [RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]
+    session = SimpleNamespace(
+        folder=None, path=tmp_path, method="iql", task="it", labels=labels, args=SimpleNamespace(max_q=10.0),
+        failed={}, phases={}, plan=[], env=None, data=None, largest_reward=[1.0] * 4,
+        hyper=SimpleNamespace(discount=np.full(4, 0.9)),
+    )  # fmt: skip
+    session.q_limit = lambda r: Session.q_limit(session, r)
+    assert session.q_limit(0) == pytest.approx(100.0)  # 10 times the largest reward, 1, over 1 - discount
+    chunk = SimpleNamespace(phase="retrained@160", start=100, length=100)
     metrics = {"q": np.array([5.0, -500.0, np.nan, 7.0]), "nonfinite_at": np.array([-1, -1, 20, -1])}
-    assert Run.find_broken(run, chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
-    assert report.stops(run) == {(4, "discount=0.9"): ("retrained@160", 200), (3, "discount=0.99"): ("retrained@160", 200)}
-    rows = q_record({(p, *label): [5, q] for p in ("offline", "retrained@160") for label, q in zip(labels, metrics["q"])})
+    assert Session.find_broken(session, chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
+    assert report.stops(session) == {
+        (4, "discount=0.9"): ("retrained@160", 200),
+        (3, "discount=0.99"): ("retrained@160", 200),
+    }
+    rows = q_record(
+        {(p, *label): [5, q] for p in ("offline", "retrained@160") for label, q in zip(labels, metrics["q"])}
+    )
     for name, kept in (("with", rows), ("without", [row for row in rows if row["metric"] != "q"])):
-        run.folder = tmp_path / name
-        run.folder.mkdir()
-        write(run.folder / "metrics.csv", kept)
-        assert report.draw(run, None, None, None, 0) == {}
-        assert (run.folder / "figures" / "q.png").exists() == (name == "with")
+        session.folder = SimpleNamespace(path=tmp_path / name, paths={})
+        session.folder.path.mkdir()
+        write(session.folder.path / "metrics.csv", kept)
+        assert report.draw(session, None, 0, ()) == {}
+        assert (session.folder.path / "figures" / "q.png").exists() == (name == "with")
     assert [len(crosses(ax)) for ax in drawn[0].axes] == [0, 2]

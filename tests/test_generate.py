@@ -1,7 +1,7 @@
 """The generators: episodes as they were played, D4RL's recipes, and datasets that are whole or not there."""
 
+import dataclasses
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -12,10 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-import envs
-from data import cli, collect, datasets, generate, policy
-from data.record import cut_to
-from envs import maze2d
+from ooo_rl import envs
+from ooo_rl.data import policy
+from ooo_rl.data.datasets import write
+from ooo_rl.data.errors import DatasetError, UsageError, guarded
+from ooo_rl.data.recipes import antmaze, generate, library, locomotion, train_policy
+from ooo_rl.data.recipes import maze2d as maze2d_recipes
+from ooo_rl.envs import maze2d
 
 REPO = pathlib.Path(__file__).parents[1]
 
@@ -32,57 +35,85 @@ def actors(tmp_path):
     rng, files = np.random.default_rng(0), []
     for name, bias in (("low", -0.5), ("high", 0.5)):
         files.append(str(tmp_path / f"{name}.npz"))
-        policy.save(files[-1], [(0.01 * rng.normal(size=(11, 3)), np.full(3, bias))], log_std=np.full(3, -3.0), output="clip", algo=name)
+        layers = [(0.01 * rng.normal(size=(11, 3)), np.full(3, bias))]
+        policy.save(files[-1], policy.mlp(layers, log_std=np.full(3, -3.0), output="clip"), algo=name)
     return tuple(files)
 
 
 def test_locomotion_is_replayed_by_the_environment(root, actors):
-    """Every recorded row is a step of the environment: from its observation, with its action, to the next one, for that reward."""
-    generate.make("ooo/hopper/medium-v0", transitions=300, policies=actors[:1])
-    data = datasets.load("ooo/hopper/medium-v0")
+    """Every row is a step of the environment: from its observation, with its action, to the next, for that
+    reward."""
+    library.make("ooo/hopper/medium-v0", transitions=300, policies=actors[:1])
+    data = library.load("ooo/hopper/medium-v0")
     rows, env = data.transitions, envs.make("hopper", physics="mujoco")
     assert len(rows.reward) == 300 and data.card["terminated_episodes"] >= data.card["episodes"] - 1
-    state = env.reset_to(np.r_[0, rows.obs[0, :5]], rows.obs[0, 5:])
+    step, state = jax.jit(env.step), jax.jit(env.reset_to)(np.r_[0, rows.obs[0, :5]], rows.obs[0, 5:])
     for i in range(5):
         assert data.episode[i] == 0
-        state = env.step(state, rows.action[i])
+        state = step(state, rows.action[i])
         np.testing.assert_allclose(state.obs, rows.next_obs[i], atol=1e-3)
         assert float(state.reward) == pytest.approx(rows.reward[i], abs=0.02)
     assert abs(rows.action.mean() + 0.5) < 0.1
     recipe = json.loads(data.card["recipe"])
-    assert (
-        recipe["seed"] == 0 and recipe["behaviour"] == ["low.npz (low)"] and recipe["transitions"] == 300 and recipe["versions"]["mujoco"]
-    )
+    assert (recipe["seed"], recipe["behaviour"], recipe["transitions"]) == (0, ["low.npz (low)"], 300)
+    assert recipe["versions"]["mujoco"] and recipe["made_by"].endswith("generate.py ooo/hopper/medium-v0")
 
 
-def test_medium_expert_is_half_and_half_and_random_is_uniform(root, actors):
-    generate.make("ooo/hopper/medium-expert-v0", transitions=400, policies=actors)
-    action = datasets.load("ooo/hopper/medium-expert-v0").transitions.action
-    assert len(action) == 400
-    assert action[:200].mean() < -0.3 and action[200:].mean() > 0.3
-    generate.make("ooo/hopper/random-v0", transitions=2000, seed=3)
-    action = datasets.load("ooo/hopper/random-v0").transitions.action
+def test_random_is_uniform(root):
+    library.make("ooo/hopper/random-v0", transitions=2000, seed=3)
+    action = library.load("ooo/hopper/random-v0").transitions.action
     assert abs(action.mean()) < 0.03 and abs(action.std() - 3**-0.5) < 0.02
 
 
-def test_maze2d_episodes_run_from_target_to_target(root):
-    generate.make("ooo/maze2d-umaze/noisy-v0", transitions=6000)
-    data = datasets.load("ooo/maze2d-umaze/noisy-v0")
-    env, rows = maze2d.Maze2D("umaze"), data.transitions
-    assert len(rows.reward) == 6000 and (rows.discount == 1).all() and np.abs(rows.action).max() <= 1
+def test_medium_expert_is_half_and_half(root, actors, monkeypatch):
+    """With a player that compiles nothing; the one before plays a policy in earnest."""
+    played = []
+
+    def play(env, transitions, seed, policies, actor):
+        played.append((transitions, seed, policies))
+        obs = np.zeros((transitions, 11))
+        action = policy.act(actor, obs)
+        return [write.episode(obs, obs[0], action, obs[:, 0], np.zeros(transitions))]
+
+    monkeypatch.setattr(locomotion, "play", play)
+    library.make("ooo/hopper/medium-expert-v0", transitions=401, seed=5, policies=actors)
+    data = library.load("ooo/hopper/medium-expert-v0")
+    action = data.transitions.action
+    assert played == [(200, 5, []), (201, 6, [])] and len(action) == 401
+    np.testing.assert_allclose(action[:200], -0.5)
+    np.testing.assert_allclose(action[200:], 0.5)
+    assert json.loads(data.card["recipe"])["behaviour"] == ["low.npz (low)", "high.npz (high)"]
+
+
+@pytest.fixture(scope="module")
+def walks():
+    """Episodes of maze2d-large, for two datasets."""
+    return maze2d_recipes.noisy_waypoints(maze2d.Maze2D("large"), 20_000, 0, [])
+
+
+def test_maze2d_episodes_run_from_target_to_target(root, walks, monkeypatch):
+    name = "ooo/maze2d-large/noisy-v0"
+    recipe = library.RECIPES[name]
+    assert recipe.episodes is maze2d_recipes.noisy_waypoints
+    monkeypatch.setitem(library.RECIPES, name, dataclasses.replace(recipe, episodes=lambda *_: walks))
+    library.make(name)
+    data = library.load(name)
+    env, rows = maze2d.Maze2D("large"), data.transitions
+    assert len(rows.reward) == 20_000 and (rows.discount == 1).all() and np.abs(rows.action).max() <= 1
     distance = np.linalg.norm(rows.next_obs[:, :2] - env.goal, axis=1)
     np.testing.assert_array_equal(rows.reward, (distance <= 0.5).astype(np.float32))
     ends = np.flatnonzero(data.truncation)[:-1]
     to_cell = np.linalg.norm(rows.obs[ends, None, :2] - env.cells[None], axis=2).min(axis=1)
     assert (to_cell < 0.1).mean() > 0.9  # the others ran into the time limit
-    assert 40 < np.mean(data.card["length_quantiles"][2]) < 140
+    assert 100 < data.card["length_quantiles"][2] < 300
 
 
-def test_the_missing_data_are_missing(root):
-    generate.make("ooo/maze2d-large-missing-data/noisy-v0", transitions=20_000)
-    data = datasets.load("ooo/maze2d-large-missing-data/noisy-v0")
+def test_the_missing_data_are_missing(root, walks, monkeypatch):
+    monkeypatch.setattr(maze2d_recipes, "noisy_waypoints", lambda *_: walks)
+    library.make("ooo/maze2d-large-missing-data/noisy-v0", transitions=20_000)
+    data = library.load("ooo/maze2d-large-missing-data/noisy-v0")
     rows = data.transitions
-    for centre, radius in collect.MISSING:
+    for centre, radius in maze2d_recipes.MISSING:
         assert np.linalg.norm(rows.obs[:, :2] - np.array(centre), axis=1).min() > radius
     assert 15_000 < len(rows.reward) < 19_000
     inside = data.episode[1:] == data.episode[:-1]
@@ -90,8 +121,8 @@ def test_the_missing_data_are_missing(root):
 
 
 def test_antmaze_rewards_one_goal_of_the_evaluation(root):
-    generate.make("ooo/antmaze-umaze/noisy-v0", transitions=2000)
-    data = datasets.load("ooo/antmaze-umaze/noisy-v0")
+    library.make("ooo/antmaze-umaze/noisy-v0", transitions=2000)
+    data = library.load("ooo/antmaze-umaze/noisy-v0")
     rows, env = data.transitions, envs.make("antmaze-umaze")
     assert len(rows.reward) == 2000 and rows.obs.shape[1] == 29
     np.testing.assert_array_equal(rows.reward, 1 - rows.discount)
@@ -102,24 +133,27 @@ def test_antmaze_rewards_one_goal_of_the_evaluation(root):
 
 
 def test_relabelling_and_cutting():
-    whole = datasets.episode(np.c_[np.arange(5.0), np.zeros(5)], np.array([5.0, 0]), np.zeros((5, 1)), np.zeros(5), np.zeros(5))
-    parts = collect.relabelled(whole, np.array([3.0, 0]), 0.5)
+    whole = write.episode(
+        np.c_[np.arange(5.0), np.zeros(5)], np.array([5.0, 0]), np.zeros((5, 1)), np.zeros(5), np.zeros(5)
+    )
+    parts = antmaze.relabelled(whole, np.array([3.0, 0]), 0.5)
     assert [len(p["rewards"]) for p in parts] == [3, 2]
     assert [p["rewards"].tolist() for p in parts] == [[0, 0, 1], [0, 0]]
-    assert parts[0]["terminations"].tolist() == [False, False, True] and parts[1]["truncations"].tolist() == [False, True]
+    assert parts[0]["terminations"].tolist() == [False, False, True]
+    assert parts[1]["truncations"].tolist() == [False, True]
     np.testing.assert_array_equal(parts[1]["observations"][:, 0], [3, 4, 5])
-    left = collect.without([whole], (((2.0, 0.0), 0.4),))
+    left = write.without([whole], (((2.0, 0.0), 0.4),))
     assert [p["observations"][:, 0].tolist() for p in left] == [[0, 1, 2], [3, 4, 5]]
-    short = cut_to([whole, whole], 7)
+    short = write.cut_to([whole, whole], 7)
     assert [len(p["rewards"]) for p in short] == [5, 2] and short[1]["truncations"].tolist() == [False, True]
 
 
-def test_brax_sac_learns_on_ours_and_its_experience_is_kept():
-    from data import behaviour
-
+def test_brax_sac_learns_on_ours_and_its_experience_is_kept(monkeypatch):
+    monkeypatch.setattr(train_policy, "HIDDEN", (8,))  # which compiles sooner
     env, rows, scores = envs.make("probe-match-obs"), [], []
-    parameters = behaviour.train(
-        env, "sac", 600, keep=lambda *row: rows.append([np.array(x) for x in row]), progress=lambda step, score: scores.append(score),
+    parameters = train_policy.train(
+        env, "sac", 600,
+        keep=lambda *row: rows.append([np.array(x) for x in row]), progress=lambda step, score: scores.append(score),
         num_envs=4, batch_size=16, grad_updates_per_step=1, min_replay_size=32,
     )  # fmt: skip
     obs, action, reward, _, termination, done = (np.concatenate(column) for column in zip(*rows))
@@ -135,62 +169,96 @@ def test_a_policy_of_brax_acts_the_same_as_a_file(tmp_path):
     from brax.training.acme import running_statistics
     from brax.training.agents.ppo import networks
 
-    from data import behaviour
-
     nets = networks.make_ppo_networks(
-        5, 2, running_statistics.normalize, policy_hidden_layer_sizes=(8, 8), value_hidden_layer_sizes=(8,), activation=jax.nn.relu
+        5,
+        2,
+        running_statistics.normalize,
+        policy_hidden_layer_sizes=(8, 8),
+        value_hidden_layer_sizes=(8,),
+        activation=jax.nn.relu,
     )
-    normaliser = running_statistics.init_state(jnp.zeros(5)).replace(mean=jnp.arange(5.0), std=jnp.full(5, 2.0))
+    normaliser = running_statistics.init_state(jnp.zeros(5)).replace(
+        mean=jnp.arange(5.0), std=jnp.full(5, 2.0)
+    )
     parameters = (normaliser, nets.policy_network.init(jax.random.PRNGKey(0)))
-    behaviour.save(tmp_path / "p.npz", parameters, 2)
+    train_policy.save(tmp_path / "p.npz", parameters, algo="brax ppo")
     obs = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     logits = nets.policy_network.apply(*parameters, obs)
     actor = policy.load(tmp_path / "p.npz")
-    np.testing.assert_allclose(policy.act(actor, obs), nets.parametric_action_distribution.mode(logits), atol=1e-5)
+    np.testing.assert_allclose(
+        policy.act(actor, obs), nets.parametric_action_distribution.mode(logits), atol=1e-5
+    )
     noise = np.random.default_rng(1).normal(size=(7, 2))
     spread = jax.nn.softplus(logits[:, 2:]) + 0.001
-    np.testing.assert_allclose(policy.forward(actor, obs, noise, np), np.tanh(logits[:, :2] + spread * noise), atol=1e-5)
+    np.testing.assert_allclose(
+        policy.forward(actor, obs, noise, np), np.tanh(logits[:, :2] + spread * noise), atol=1e-5
+    )
 
 
 # --- what is refused ---
 
 
-def run(*flags, **environment):
-    command = [sys.executable, str(REPO / "data/generate.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-
-
 def test_bad_requests(root, actors, monkeypatch):
-    with pytest.raises(cli.UsageError, match="did you mean hopper-medium"):
-        generate.own_id("hopper-mediun")
-    assert generate.own_id("antmaze-large-play") == "ooo/antmaze-large-play/noisy-v0"
-    assert generate.own_id("walker2d-medium-expert") == "ooo/walker2d/medium-expert-v0"
-    own = {name: datasets.own(name) for name in ("hopper", "door", "pen-binary-ending", "maze2d-large")}
-    assert own == {
-        "hopper": "none", "door": "none", "pen-binary-ending": "ooo/pen-binary/mixed-v0", "maze2d-large": "ooo/maze2d-large/noisy-v0",
-    }  # fmt: skip
-    with pytest.raises(cli.UsageError, match="takes 11 observations and gives 3 actions; ooo/halfcheetah/medium-v0 needs 17 and 6"):
-        generate.make("ooo/halfcheetah/medium-v0", policies=actors[:1], transitions=10)
-    with pytest.raises(datasets.DatasetError, match=r"is made by hand: python data/generate\.py ooo/hopper/expert-v0"):
-        datasets.load("ooo/hopper/expert-v0")
+    message = "takes 11 observations and gives 3 actions; ooo/halfcheetah/medium-v0 needs 17 and 6"
+    with pytest.raises(UsageError, match=message):
+        library.make("ooo/halfcheetah/medium-v0", policies=actors[:1], transitions=10)
+    message = r"is made by hand: python data/recipes/generate\.py ooo/hopper/expert-v0"
+    with pytest.raises(DatasetError, match=message):
+        library.load("ooo/hopper/expert-v0")
     monkeypatch.setenv("MINARI_DATASETS_PATH", "/dev/null/datasets")
-    with pytest.raises(datasets.DatasetError, match="cannot be written"):
-        generate.make("ooo/maze2d-open/noisy-v0", transitions=100)
+    with pytest.raises(DatasetError, match="cannot be written"):
+        library.make("ooo/maze2d-open/noisy-v0", transitions=100)
 
 
-def test_the_command_line_says_what_it_needs(root):
-    done = run("hopper-medium-expert", "--policy", "one.npz")
-    assert done.returncode == 2 and "takes 2 --policy files, not 1" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hopper-mediun", "unknown dataset 'hopper-mediun'; did you mean hopper-medium"),
+        (
+            "hopper-medium-expert --policy a.npz",
+            "takes 2 --policy files, not 1; data/recipes/train_policy.py trains one",
+        ),
+        ("hopper-random --policy a.npz", "takes 0 --policy files, not 1"),
+        ("antmaze-umaze --policy a.npz b.npz", "takes 0 or 1 --policy files, not 2"),
+        ("hopper-random --demonstrations a.npz", "is not made from demonstrations; drop --demonstrations"),
+        ("door-human", "give --demonstrations FILE, and no --policy"),
+        ("door-human --policy a.npz", "give --demonstrations FILE, and no --policy"),
+        ("door-cloned", "takes either --demonstrations FILE, or one --policy"),
+        (
+            "door-cloned --policy a.npz --demonstrations b.npz",
+            "takes either --demonstrations FILE, or one --policy",
+        ),
+        ("hopper-random --transitions -1", "must be at least 0, not -1 and 0"),
+        ("hopper-random --seed -2", "must be at least 0, not 0 and -2"),
+        ("hopper-random --physics bullet", "unknown physics 'bullet'"),
+        ("hopper-medium --policy absent.npz", "absent.npz: there is no such file"),
+        ("hopper-random --id no-version", "no-version"),
+    ],
+)
+def test_the_command_says_in_one_line_what_it_needs(root, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        guarded(generate.main)
+    said = capsys.readouterr()
+    assert (
+        end.value.code == 2
+        and said.err.startswith("error: ")
+        and said.err.count("\n") == 1
+        and message in said.err
+    )
+    assert not said.out and not list(root.rglob("*.hdf5"))
 
 
 def test_a_generator_killed_half_way_leaves_no_dataset(root):
-    command = [sys.executable, str(REPO / "data/generate.py"), "maze2d-open", "--transitions", "3000000"]
+    program = [sys.executable, str(REPO / "data/recipes/generate.py")]
+    command = [*program, "maze2d-open", "--transitions", "500000"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        seen = root / "ooo" / "maze2d-open"
-        limit = time.time() + 90
-        while time.time() < limit and not list(seen.glob("*unfinished*/data/main_data.hdf5")):  # until it writes
+        seen, limit = root / "ooo" / "maze2d-open", time.time() + 300
+        while time.time() < limit and process.poll() is None:
+            if list(seen.glob("*unfinished*/data/main_data.hdf5")):  # it writes
+                break
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert list(seen.glob("*unfinished*")), "it was too quick to be killed while writing"
     assert not (seen / "noisy-v0").exists()
-    assert datasets.exists("ooo/maze2d-open/noisy-v0") is False
+    assert write.exists("ooo/maze2d-open/noisy-v0") is False

@@ -1,4 +1,5 @@
-"""Evaluation in Gymnasium environments: the numbers are those of a plain loop, and of the published policies."""
+"""Evaluation in Gymnasium environments: the numbers are those of a plain loop, and of the published
+policies."""
 
 import pathlib
 import subprocess
@@ -8,12 +9,16 @@ import gymnasium
 import numpy as np
 import pytest
 
-from data import policy
-from envs import gymnasium_eval
+from ooo_rl.data import policy
+from ooo_rl.envs import gymnasium_eval
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "policies").is_dir(), reason="the shared policies are not beside this project")
-needs_robotics = pytest.mark.skipif(gymnasium_eval.gymnasium_robotics is None, reason="gymnasium_robotics is not installed")
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "policies").is_dir(), reason="the shared policies are not beside this project"
+)
+needs_robotics = pytest.mark.skipif(
+    gymnasium_eval.gymnasium_robotics is None, reason="gymnasium_robotics is not installed"
+)
 
 
 def swing(gain):
@@ -72,7 +77,10 @@ def test_a_diverged_policy_gets_nan_and_leaves_the_others_alone():
 class Corridor(gymnasium.Env):
     """Walk right; a success is passed on the way, and episodes end at different times."""
 
-    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (1,)), gymnasium.spaces.Box(np.float32([0.0]), np.float32([4.0]))
+    observation_space, action_space = (
+        gymnasium.spaces.Box(-9, 9, (1,)),
+        gymnasium.spaces.Box(np.float32([0.0]), np.float32([4.0])),
+    )
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -91,8 +99,11 @@ def test_episodes_end_each_at_its_time_and_success_counts_at_any_step(monkeypatc
     monkeypatch.setitem(gymnasium.registry, "Corridor-v0", spec)
     assert gymnasium_eval.check("Corridor-v0") == (1, 1, 12)
     speed = np.array([1.0, 0.0, -1.0])[:, None, None]  # 1, 1/2 and 0 to the right per step
-    found = gymnasium_eval.evaluate("Corridor-v0", lambda obs: speed + 0 * obs, num_episodes=4, seed=0, num_policies=3)
-    assert (found["length"][0] == 5).all() and set(found["length"][1]) <= {9, 10} and (found["length"][2] == 12).all()
+    found = gymnasium_eval.evaluate(
+        "Corridor-v0", lambda obs: speed + 0 * obs, num_episodes=4, seed=0, num_policies=3
+    )
+    assert (found["length"][0] == 5).all() and (found["length"][2] == 12).all()
+    assert set(found["length"][1]) <= {9, 10}
     np.testing.assert_array_equal(found["return"], found["length"])
     np.testing.assert_array_equal(found["success"], [[1] * 4, [1] * 4, [0] * 4])
 
@@ -136,13 +147,15 @@ def d4rl_reward(name, env, obs):
     palm = (sim.data.site_xpos[sim.model.site("S_grasp").id]).copy()
     if name == "Door":
         hinge = float(sim.data.joint("door_hinge").qpos[0])
-        reward = -0.1 * np.linalg.norm(palm - sim.data.site("S_handle").xpos) - 0.1 * (hinge - 1.57) ** 2 - 1e-5 * (sim.data.qvel**2).sum()
+        reward = -0.1 * np.linalg.norm(palm - sim.data.site("S_handle").xpos)
+        reward += -0.1 * (hinge - 1.57) ** 2 - 1e-5 * (sim.data.qvel**2).sum()
         return reward + 2 * (hinge > 0.2) + 8 * (hinge > 1.0) + 10 * (hinge > 1.35)
     thing = sim.data.body("Object").xpos
     if name == "Hammer":
         head, nail, goal = (sim.data.site(site).xpos for site in ("tool", "S_target", "nail_goal"))
         gap = np.linalg.norm(nail - goal)
-        reward = -0.1 * np.linalg.norm(palm - thing) - np.linalg.norm(head - nail) - 10 * gap - 0.01 * np.linalg.norm(sim.data.qvel)
+        reward = -0.1 * np.linalg.norm(palm - thing) - np.linalg.norm(head - nail)
+        reward += -10 * gap - 0.01 * np.linalg.norm(sim.data.qvel)
         return reward + 2 * (thing[2] > 0.04 and head[2] > 0.04) + 25 * (gap < 0.02) + 75 * (gap < 0.01)
     target = sim.data.site("target").xpos
     gap, reward = np.linalg.norm(thing - target), -0.1 * np.linalg.norm(palm - thing)
@@ -167,15 +180,17 @@ def test_only_the_faulty_versions_and_the_dense_rewards_are_corrected(monkeypatc
     obs = np.arange(46.0)
     for env_id in ("AdroitHandDoorSparse-v1", "AdroitHandPen-v1", "AdroitHandDoor-v2", "Hopper-v5"):
         assert gymnasium_eval.reward_correction(env_id)(obs) == 0
-    faulty = {"1.2.0": False, "1.2.1": True, "1.3.0": True, "1.4.2": True, "1.4.3": False, "1.4.3.dev0": False, "2.0": False}
-    for version, corrected in faulty.items():
+    faulty = dict.fromkeys(("1.2.1", "1.3.0", "1.4.2"), True)
+    for version, corrected in (
+        faulty | dict.fromkeys(("1.2.0", "1.4.3", "1.4.3.dev0", "2.0"), False)
+    ).items():
         monkeypatch.setattr(gymnasium_eval.metadata, "version", lambda _, version=version: version)
         assert (gymnasium_eval.reward_correction("AdroitHandDoor-v1")(obs) != 0) == corrected
 
 
 @needs_shared
 def test_a_published_hopper_reaches_its_published_return():
-    """3728 +- 3 over ten episodes, by independent code; the contacts of MuJoCo's versions differ by more than that."""
+    """3728 +- 3 over ten episodes, by independent code. The contacts of MuJoCo's versions differ by more."""
     expert = policy.load(SHARED / "policies" / "hopper" / "cs285_expert.npz")
     found = gymnasium_eval.evaluate("Hopper-v4", lambda obs: policy.act(expert, obs), num_episodes=2, seed=0)
     assert (found["length"] == 1000).all()
@@ -191,10 +206,15 @@ def test_the_dapg_door_policy_opens_every_door(tmp_path):
     layers = [(dapg[f"{name}_w"].T, dapg[f"{name}_b"]) for name in ("fc0", "fc1", "out")]
     layers[-1] = (layers[-1][0] * dapg["out_scale"], layers[-1][1] * dapg["out_scale"] + dapg["out_shift"])
     normal = {"obs_mean": dapg["in_shift"], "obs_std": dapg["in_scale"] + 1e-8}
-    policy.save(tmp_path / "door.npz", layers, log_std=dapg["log_std"], hidden_activation="tanh", output="clip", **normal, algo="DAPG")
+    door = policy.mlp(layers, log_std=dapg["log_std"], hidden_activation="tanh", output="clip", **normal)
+    policy.save(tmp_path / "door.npz", door, algo="DAPG")
     door = policy.load(tmp_path / "door.npz")
-    np.testing.assert_allclose(policy.act(door, dapg["check_obs"]), np.clip(dapg["check_mean"], -1, 1), atol=1e-4)
-    found = gymnasium_eval.evaluate("AdroitHandDoor-v1", lambda obs: policy.act(door, obs), num_episodes=8, seed=0)
+    np.testing.assert_allclose(
+        policy.act(door, dapg["check_obs"]), np.clip(dapg["check_mean"], -1, 1), atol=1e-4
+    )
+    found = gymnasium_eval.evaluate(
+        "AdroitHandDoor-v1", lambda obs: policy.act(door, obs), num_episodes=8, seed=0
+    )
     assert (found["success"] == 1).all() and (found["length"] == 200).all()
     assert found["return"].mean() == pytest.approx(3010, abs=60)
 
@@ -202,6 +222,6 @@ def test_the_dapg_door_policy_opens_every_door(tmp_path):
 def test_the_module_works_without_the_robotics_package():
     """It is an optional extra."""
     hide = "import sys; sys.modules['gymnasium_robotics'] = None"
-    program = f"{hide}; from envs import gymnasium_eval; print(gymnasium_eval.check('Pendulum-v1'))"
+    program = f"{hide}; from ooo_rl.envs import gymnasium_eval; print(gymnasium_eval.check('Pendulum-v1'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "(3, 1, 200)" in done.stdout, done.stderr

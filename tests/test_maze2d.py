@@ -1,9 +1,12 @@
-"""Maze2D against MuJoCo's C engine on D4RL's model, its rewards and resets, and D4RL's controller against published returns."""
+"""Maze2D against MuJoCo's C engine on D4RL's model, its rewards and resets, and D4RL's controller against
+published returns."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +14,19 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs import maze2d
-from envs.maze2d import MAZES, Maze2D
-from envs.waypoints import WaypointController, next_cell, shortest_paths
+from ooo_rl.envs import maze2d
+from ooo_rl.envs.maze2d import MAZES, Maze2D
+from ooo_rl.envs.waypoints import WaypointController, next_cell, shortest_paths
 
 ALL = pytest.mark.parametrize("maze", list(MAZES))
 
 
 def c_model(maze):
-    """D4RL's model, edited for MuJoCo 3.17.0 to move as in the MuJoCo 2 of D4RL: margins add up now, so that the ball alone has the 0.002
-    that used to be the larger one, and the ball's mobility is averaged over three axes."""
+    """D4RL's model, edited for MuJoCo 3.17.0 to move as in the MuJoCo 2 of D4RL.
+
+    Margins add up now, so the ball alone has the 0.002 that used to be the larger one. The ball's mobility is
+    averaged over three axes.
+    """
     walls = "".join(
         f'<geom type="box" size=".5 .5 .2" pos="{r + 1} {c + 1} 0"/>'
         for r, row in enumerate(MAZES[maze])
@@ -34,7 +40,8 @@ def c_model(maze):
         <geom friction=".5 .1 .1" density="1000" margin="0" condim="1" contype="2" conaffinity="1"/></default>
         <worldbody><geom type="plane" size="40 40 .25" pos="0 0 -.1" contype="1" conaffinity="0"/>
         <body pos="1.2 1.2 0"><geom type="sphere" size=".1" contype="1" margin="0.002"/>
-        <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/></body>{walls}</worldbody>
+        <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/></body>{walls}
+        </worldbody>
         <actuator><motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
         <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/></actuator></mujoco>"""
     )
@@ -49,80 +56,148 @@ def c_step(model, data, state, action):
     return np.concatenate([data.qpos, data.qvel]), data.ncon - 1
 
 
-def errors(maze, states=3000, steps=1000):
-    """Largest difference from the C engine (over random states, at each step of a run from one), and steps with contacts in each."""
+class Place(NamedTuple):
+    """What tells the tasks apart, in arrays of the same shapes for all mazes, so that one program serves them
+    all."""
+
+    blocks: jax.Array  # walls, and walls beyond them
+    cells: jax.Array  # where episodes start, each equally often
+    goal: jax.Array
+
+
+def place_of(maze):
+    env = Maze2D(maze)
+    more = np.subtract(Maze2D("large").blocks.shape, env.blocks.shape)
+    blocks = np.pad(env.blocks, [(0, n) for n in more], constant_values=True)
+    number = np.lcm.reduce([len(Maze2D(name).cells) for name in MAZES])
+    cells = np.tile(env.cells, (number // len(env.cells), 1))
+    return Place(*map(jnp.asarray, (blocks, cells, env.goal)))
+
+
+def at(place, reward="sparse", horizon=1):
+    """The task of a `Place`, which may be traced."""
+    env = Maze2D("large", reward, horizon)
+    env.blocks, env.cells, env.goal = place
+    return env
+
+
+@jax.jit
+def one_steps(place, states, actions):
+    """The states [n, 4] after one step."""
+    return jax.vmap(lambda state, action: at(place).advance(state, action)[0])(states, actions)
+
+
+@jax.jit
+def open_loop(place, state, actions):
+    """The states [steps, 4] along the way."""
+    return jax.lax.scan(lambda s, a: (at(place).advance(s, a)[0],) * 2, state, actions)[1]
+
+
+@jax.jit
+def three_still_steps(place, positions):
+    """The three states after each of `positions` [n, 2], sparsely and densely rewarded, each [n, 3, ...]."""
+
+    def follow(env, position):
+        still = lambda state, _: (env.step(state, jnp.zeros(2)),) * 2  # noqa: E731
+        return jax.lax.scan(still, env.reset_to(position, jnp.zeros(2)), None, 3)[1]
+
+    kinds = (at(place, reward, 3) for reward in ("sparse", "dense"))
+    return [jax.vmap(lambda position, env=env: follow(env, position))(positions) for env in kinds]
+
+
+@jax.jit
+def starts(place):
+    """Observations [20_000, 4] at the beginning of episodes."""
+    return jax.vmap(at(place).reset)(jax.random.split(jax.random.PRNGKey(0), 20_000)).obs
+
+
+def random_steps(maze, number=3000):
+    """Largest difference from the C engine over steps from random states, and how many of these touch a
+    wall."""
     env, model, rng = Maze2D(maze), c_model(maze), np.random.default_rng(0)
     data, dtype = mujoco.MjData(model), jnp.zeros(()).dtype
-    # Positions are up to 0.05 inside a wall with the ball's centre, 0.15 with its edge: deeper than it ever gets.
-    place = env.cells[rng.integers(len(env.cells), size=states)] + maze2d.CENTRE + rng.uniform(-0.55, 0.55, (states, 2))
-    start = np.concatenate([place, rng.uniform(-7, 7, (states, 2))], 1).astype(dtype)
-    action = rng.uniform(-1, 1, (states, 2)).astype(dtype)
-    ours = jax.jit(jax.vmap(lambda s, a: env.advance(s, a)[0]))(start, action)
+    # Positions are up to 0.05 inside a wall with the ball's centre, 0.15 with its edge: deeper than it ever
+    # gets.
+    cells = env.cells[rng.integers(len(env.cells), size=number)]
+    position = cells + maze2d.CENTRE + rng.uniform(-0.55, 0.55, (number, 2))
+    start = np.concatenate([position, rng.uniform(-7, 7, (number, 2))], 1).astype(dtype)
+    action = rng.uniform(-1, 1, (number, 2)).astype(dtype)
     theirs, touched = zip(*[c_step(model, data, s, a) for s, a in zip(start, action)])
-    random = np.abs(ours - np.array(theirs)).max()
+    ours = one_steps(place_of(maze), start, action)
+    return np.abs(ours - np.array(theirs)).max(), np.sum(np.array(touched) > 0)
 
+
+def long_run(maze, steps=1000):
+    """Difference from the C engine after each step of a run, and the number of steps with contacts."""
+    env, model, rng = Maze2D(maze), c_model(maze), np.random.default_rng(0)
+    data, dtype = mujoco.MjData(model), jnp.zeros(()).dtype
     held = np.repeat(rng.uniform(-1, 1, (steps // 25, 2)), 25, 0).astype(dtype)
     state = np.asarray(env.start(jax.random.PRNGKey(0)))
-    ours = jax.jit(lambda s: jax.lax.scan(lambda s, a: (env.advance(s, a)[0],) * 2, s, held)[1])(state)
-    theirs, bumps = [], 0
-    for a in held:
-        state, walls = c_step(model, data, state, a)
+    ours, theirs, bumps = open_loop(place_of(maze), state, held), [], 0
+    for action in held:
+        state, walls = c_step(model, data, state, action)
         theirs.append(state)
         bumps += walls > 0
-    return random, np.abs(ours - np.array(theirs)).max(1), np.sum(np.array(touched) > 0), bumps
+    return np.abs(ours - np.array(theirs)).max(1), bumps
 
 
 @ALL
 def test_one_step_is_the_c_engines(maze):
-    random, _, touched, _ = errors(maze, steps=25)
-    assert random < 5e-5
+    error, touched = random_steps(maze)
+    assert error < 5e-5
     assert touched > 300
 
 
 def test_in_float64_it_is_the_c_engines_to_rounding():
-    """One step from random states, and 1000 steps open loop, where bumps multiply what rounding errors there are."""
-    code = "import test_maze2d as t; [print(*(f'{x:.2e}' for x in (r, *run[[99, -1]], n, b))) for r, run, n, b in map(t.errors, t.MAZES)]"
-    here = pathlib.Path(__file__).parent
-    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout
-    for row in printed.splitlines():
-        random, run100, run1000, touched, bumps = map(float, row.split())
-        assert random < 1e-11
+    """One step from random states, and 1000 steps open loop, where bumps multiply what rounding errors there
+    are."""
+    code = (
+        "import json, test_maze2d as t\n"
+        "for maze in t.MAZES:\n"
+        "    (error, touched), (run, bumps) = t.random_steps(maze), t.long_run(maze)\n"
+        "    print(json.dumps([float(x) for x in (error, run[99], run[-1], touched, bumps)]))"
+    )
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    assert len(rows) == len(MAZES)
+    for error, run100, run1000, touched, bumps in rows:
+        assert error < 1e-11
         assert run100 < 1e-9
         assert run1000 < 1e-4
         assert touched > 300
         assert bumps > 50
-    assert len(printed.splitlines()) == len(MAZES)
 
 
 @ALL
 def test_rewards_horizon_and_that_nothing_terminates(maze):
-    env, dense = Maze2D(maze), Maze2D(maze, reward="dense", horizon=3)
-    assert env.horizon == {"open": 150, "umaze": 300, "medium": 600, "large": 800}[maze]
-    step, dense_step = jax.jit(env.step), jax.jit(dense.step)
+    assert Maze2D(maze).horizon == {"open": 150, "umaze": 300, "medium": 600, "large": 800}[maze]
     goal = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[maze]
-    for offset in np.random.default_rng(0).uniform(-0.5, 0.5, (20, 2)):
-        state = step(env.reset_to(np.add(goal, offset), np.zeros(2)), jnp.zeros(2))
-        distance = np.linalg.norm(np.asarray(state.obs[:2], np.float64) - goal)
-        assert state.reward == state.metrics["success"] == (distance <= 0.5)
-        dense_state = dense_step(dense.reset_to(np.add(goal, offset), np.zeros(2)), jnp.zeros(2))
-        np.testing.assert_allclose(dense_state.reward, np.exp(-distance), rtol=1e-5)
-        np.testing.assert_array_equal(dense_state.obs, state.obs)
-    state = dense.reset_to(goal, np.zeros(2))
-    for i in range(3):
-        state = dense_step(state, jnp.zeros(2))
-        assert (state.info["termination"], state.info["truncation"], state.metrics["success"]) == (0, i == 2, 1)
+    offsets = np.random.default_rng(0).uniform(-0.5, 0.5, (20, 2))
+    sparse, dense = three_still_steps(place_of(maze), np.float32([*np.add(goal, offsets), goal]))
+    distance = np.linalg.norm(np.float64(sparse.obs[..., :2]) - goal, axis=-1)
+    assert 0 < (distance <= 0.5).sum() < distance.size
+    np.testing.assert_array_equal(sparse.reward, distance <= 0.5)
+    np.testing.assert_array_equal(sparse.metrics["success"], distance <= 0.5)
+    np.testing.assert_allclose(dense.reward, np.exp(-distance), rtol=1e-5)
+    np.testing.assert_array_equal(dense.obs, sparse.obs)
+    assert (dense.metrics["success"][-1] == 1).all()
+    for states in (sparse, dense):
+        assert not states.info["termination"].any()
+        np.testing.assert_array_equal(states.info["truncation"], np.tile([0.0, 0.0, 1.0], (21, 1)))
 
 
 @ALL
 def test_episodes_start_evenly_in_all_free_cells(maze):
-    env = Maze2D(maze)
-    obs = np.asarray(jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), 20000)).obs)
+    obs = np.asarray(starts(place_of(maze)))
     cells, counts = np.unique(np.round(obs[:, :2]).astype(int), axis=0, return_counts=True)
     assert [MAZES[maze][r][c] for r, c in cells].count("G") == 1
     assert {MAZES[maze][r][c] for r, c in cells} <= {"O", "G"}
     expected = 20000 / (sum(map(len, MAZES[maze])) - "".join(MAZES[maze]).count("#"))
-    assert np.sum((counts - expected) ** 2 / expected) < len(cells) + 4 * (2 * len(cells)) ** 0.5  # chi-squared, four deviations
+    assert (
+        np.sum((counts - expected) ** 2 / expected) < len(cells) + 4 * (2 * len(cells)) ** 0.5
+    )  # chi-squared, four deviations
     noise = obs[:, :2] - np.round(obs[:, :2])
     assert np.abs(noise).max() <= 0.1 + 1e-5
     np.testing.assert_allclose(noise.std(0), 0.1 / 3**0.5, rtol=0.02)
@@ -139,20 +214,25 @@ def test_the_layout_outlines_the_walls(maze):
     assert layout["goal"] == tuple(env.goal)
     for row, column in np.ndindex(env.walls.shape):
         crossed = sum(
-            a[0] == b[0] and min(a[1], b[1]) < column + maze2d.CENTRE < max(a[1], b[1]) and a[0] < row for a, b in layout["walls"]
+            a[0] == b[0] and min(a[1], b[1]) < column + maze2d.CENTRE < max(a[1], b[1]) and a[0] < row
+            for a, b in layout["walls"]
         )
         assert env.walls[row, column] == (crossed % 2 == 0)  # the border, where the count starts, is wall
 
 
 def test_shortest_paths_and_where_there_are_none():
     free = np.array([list(row) for row in (".....", ".###.", ".#.#.", "....#", "##...")]) == "."
-    table = shortest_paths(free)
+    table, cells = shortest_paths(free), np.argwhere(free)
+    pairs = np.repeat(cells, len(cells), 0), np.tile(cells, (len(cells), 1))
+    np.testing.assert_array_equal(
+        jax.vmap(next_cell, (None, 0, 0))(table, *pairs), table[*pairs[0].T, *pairs[1].T]
+    )
     lengths = {}
-    for start in map(tuple, np.argwhere(free)):
-        for goal in map(tuple, np.argwhere(free)):
+    for start in map(tuple, cells):
+        for goal in map(tuple, cells):
             cell, lengths[start, goal] = start, 0
             while cell != goal:
-                ahead = tuple(map(int, next_cell(table, cell, goal))) if lengths[start, goal] == 0 else tuple(table[*cell, *goal].tolist())
+                ahead = tuple(table[*cell, *goal].tolist())
                 assert free[ahead]
                 assert abs(ahead[0] - cell[0]) + abs(ahead[1] - cell[1]) == 1
                 cell = ahead
@@ -165,10 +245,21 @@ def test_shortest_paths_and_where_there_are_none():
     assert apart[0, 0, 0, 2].tolist() == [0, 0]
 
 
-def controller_returns(maze, key, episodes, chains):
-    """Returns [chains * episodes] of the controller if it keeps its plan across resets, and if it plans in each episode."""
-    env = Maze2D(maze)
-    controller = WaypointController(env.walls)
+HELD = (  # maze, D4RL's reference maximum, the return with a plan per episode, and the uncertainty of that
+    ("umaze", 161.86, 222.5, 2.5),
+    ("medium", 277.39, 421.0, 6.9),
+    ("large", 273.99, 549.5, 8.3),
+)
+
+
+def controller_returns(place, table, horizon, keys, anew, episodes=100):
+    """Returns [chains, episodes] of the controller in the maze of `place`.
+
+    It plans in each episode where `anew` [chains], and else keeps its plan across resets. `table` are the
+    shortest ways, `keys` [chains, 2]. The arguments are traced, and the mazes' programs are one.
+    """
+    env, controller = at(place, horizon=10_000), WaypointController(Maze2D("large").walls)
+    controller.table = table
 
     def episode(plan, key, anew):
         reset_key, plan_key, act_key = jax.random.split(key, 3)
@@ -176,31 +267,53 @@ def controller_returns(maze, key, episodes, chains):
         fresh = controller.plan(state.obs[:2], env.goal, plan_key)
         plan = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, plan)
 
-        def step(carry, key):
-            state, plan = carry
-            action, plan = controller.act(plan, state.obs[:2], state.obs[2:], key)
-            state = env.step(state, action)
-            return (state, plan), state.reward
+        def step(carry, x):
+            (state, plan), (key, t) = carry, x
+            action, following = controller.act(plan, state.obs[:2], state.obs[2:], key)
+            new, going_on = (env.step(state, action), following), t < horizon
+            carry = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), new, carry)
+            return carry, going_on * new[0].reward
 
-        (_, plan), rewards = jax.lax.scan(step, (state, plan), jax.random.split(act_key, env.horizon))
+        longest = max(maze2d.HORIZONS.values())
+        times = jax.random.split(act_key, longest), jnp.arange(longest)
+        (_, plan), rewards = jax.lax.scan(step, (state, plan), times)
         return plan, rewards.sum()
 
     def chain(key, anew):
         none_yet = jax.tree.map(jnp.zeros_like, controller.plan(jnp.zeros(2), env.goal, key))
-        first_or_anew = (jnp.arange(episodes) == 0) | anew
-        return jax.lax.scan(lambda plan, x: episode(plan, *x), none_yet, (jax.random.split(key, episodes), first_or_anew))[1]
+        plans_now = (jnp.arange(episodes) == 0) | anew
+        return jax.lax.scan(
+            lambda plan, x: episode(plan, *x), none_yet, (jax.random.split(key, episodes), plans_now)
+        )[1]
 
-    keys, anew = jax.random.split(key, 2 * chains), jnp.repeat(jnp.array([False, True]), chains)
-    return np.asarray(jax.jit(jax.vmap(chain))(keys, anew)).reshape(2, -1)
+    return jax.vmap(chain)(keys, anew)
 
 
-@pytest.mark.parametrize(
-    ("maze", "d4rl", "anew", "uncertainty"), [("umaze", 161.86, 222.5, 2.5), ("medium", 277.39, 421.0, 6.9), ("large", 273.99, 549.5, 8.3)]
-)
-def test_the_controllers_returns(maze, d4rl, anew, uncertainty):
-    """D4RL's reference maxima are means over 100 episodes of a controller that plans once and, by mistake, never again: from the second
-    episode on it steers straight for the goal. `anew`, of one with a plan per episode, is from a plain loop over the C engine."""
-    stubborn, fresh = controller_returns(maze, jax.random.PRNGKey(0), 100, 4)
+@pytest.fixture(scope="module")
+def returns():
+    """maze -> returns [2, 400]: of four chains that keep their plans, and of four that do not."""
+    mazes = [row[0] for row in HELD]
+    tables = [shortest_paths(~Maze2D(maze).walls) for maze in mazes]
+    shape = tables[-1].shape
+    tables = [np.pad(table, [(0, n) for n in np.subtract(shape, table.shape)]) for table in tables]
+    places = jax.tree.map(lambda *parts: jnp.stack(parts), *map(place_of, mazes))
+    horizons = jnp.array([maze2d.HORIZONS[maze] for maze in mazes])
+    keys, anew = jax.random.split(jax.random.PRNGKey(0), 8), jnp.repeat(jnp.array([False, True]), 4)
+    play = jax.jit(jax.vmap(controller_returns, (0, 0, 0, None, None)))
+    return dict(
+        zip(mazes, np.asarray(play(places, jnp.stack(tables), horizons, keys, anew)).reshape(3, 2, 400))
+    )
+
+
+@pytest.mark.parametrize(("maze", "d4rl", "anew", "uncertainty"), HELD)
+def test_the_controllers_returns(returns, maze, d4rl, anew, uncertainty):
+    """D4RL's reference maxima are means over 100 episodes of a controller that plans once and, by mistake,
+    never again.
+
+    From the second episode on it steers straight for the goal. `anew`, of one with a plan per episode, is
+    from a plain loop over the C engine.
+    """
+    stubborn, fresh = returns[maze]
     assert abs(stubborn.mean() - d4rl) < 3 * stubborn.std() * (1 / 100 + 1 / 400) ** 0.5
     assert abs(fresh.mean() - anew) < 3 * (fresh.var() / 400 + uncertainty**2) ** 0.5
     assert fresh.min() > 0  # every episode reaches the goal

@@ -3,8 +3,8 @@
 import pytest
 from probing import PROBES, STEPS, Probing, random_data, settings, state_value, value_of_mean_action
 
-from algos import iql, ooo_iql, sac
-from data import buffer
+from ooo_rl.algos import iql, ooo_iql, sac
+from ooo_rl.data import buffer
 
 ALL_PROBES = pytest.mark.parametrize("name", PROBES)
 IQL = {"value_lr": 3e-3, "expectile": 0.98, "temperature": 20.0}
@@ -15,7 +15,9 @@ ONLINE = {"online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_rat
 @ALL_PROBES
 def test_iql_offline(name):
     offline = random_data(name)
-    probing = Probing(iql, settings(iql, name, IQL, online_steps=0, offline_steps=STEPS, actor_decay="none"), offline)
+    probing = Probing(
+        iql, settings(iql, name, IQL, online_steps=0, offline_steps=STEPS, actor_decay="none"), offline
+    )
     probing.run("pretrain", STEPS)
     probing.check(probing.state.agent, state_value)
 
@@ -29,7 +31,9 @@ def test_iql_online(name):
 
 @ALL_PROBES
 def test_ooo_iql_offline_and_online(name):
-    """One run through all phases without bonus: the explorer solves the probe online, the exploiter on the explorer's rows alone."""
+    """One run through all phases without bonus: the explorer solves the probe online, the exploiter on the
+    explorer's rows alone.
+    """
     probing = Probing(ooo_iql, settings(ooo_iql, name, IQL, **ONLINE, intrinsic="none", retrain_steps=STEPS))
     probing.run("explore", STEPS)
     probing.check(probing.state.explorer, state_value)

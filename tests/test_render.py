@@ -1,4 +1,6 @@
-"""Films and strips: they show what moved, can be read back, and what cannot be drawn is refused before anything is played."""
+"""Films and strips show what moved and can be read back; what cannot be drawn is refused before it is
+played.
+"""
 
 import os
 import pathlib
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import envs
-from data import policy
-from envs import render
+from ooo_rl import envs
+from ooo_rl.data import policy
+from ooo_rl.data.figures import render
 
 
 def no_graphics():
@@ -25,7 +27,14 @@ def no_graphics():
     return ""
 
 
-needs_graphics = pytest.mark.skipif(bool(no_graphics()), reason=no_graphics() or "MuJoCo can draw")
+@pytest.fixture(scope="module")
+def graphics():
+    """Skips where MuJoCo cannot draw."""
+    if reason := no_graphics():
+        pytest.skip(reason)
+
+
+needs_graphics = pytest.mark.usefixtures("graphics")
 
 
 def run(out, env, **settings):
@@ -34,7 +43,7 @@ def run(out, env, **settings):
 
 
 def write_policy(path, obs, actions, bias=0.0, **noise):
-    policy.save(path, [(np.zeros((obs, actions)), np.full(actions, bias))], **noise)
+    policy.save(path, policy.mlp([(np.zeros((obs, actions)), np.full(actions, bias))], **noise))
     return str(path)
 
 
@@ -48,10 +57,12 @@ def near(picture, color, tolerance=12):
 
 
 def test_a_strip_of_a_maze_shows_the_point_on_its_way(tmp_path):
-    out = run(tmp_path / "strip.png", "maze2d-large", policy=write_policy(tmp_path / "p.npz", 4, 2, 1.0), frames=3, width=120, episodes=2)
+    actor = write_policy(tmp_path / "p.npz", 4, 2, 1.0)
+    out = run(tmp_path / "strip.png", "maze2d-large", policy=actor, frames=3, width=120, episodes=2)
     strip = np.asarray(Image.open(out))
     height = render.fitting_height(envs.make("maze2d-large"), 120)
-    assert strip.shape == (2 * height + render.GAP, 3 * 120 + 2 * render.GAP, 3) and height > 120  # the map is higher than wide
+    assert strip.shape == (2 * height + render.GAP, 3 * 120 + 2 * render.GAP, 3)
+    assert height > 120  # the map is higher than wide
     assert (strip[height : height + render.GAP] == 255).all()
     for row in (strip[:height], strip[-height:]):
         first, _, last = (row[:, c * (120 + render.GAP) :][:, :120] for c in range(3))
@@ -67,7 +78,8 @@ def test_the_point_is_drawn_where_it_is():
     spots = np.array([[0.2, 0.3], [0.9, 1.2]])
     for place, picture in zip(spots, render.draw_map(env, render.Track(spots, None), [0, 1], 300, 340)):
         column, row = (place[0] - x0) / (x1 - x0) * 300, (y1 - place[1]) / (y1 - y0) * 340
-        assert near(picture[int(row) - 1 : int(row) + 2, int(column) - 1 : int(column) + 2], (0xD5, 0x5E, 0x00)) == 1
+        around = picture[int(row) - 1 : int(row) + 2, int(column) - 1 : int(column) + 2]
+        assert near(around, (0xD5, 0x5E, 0x00)) == 1
 
 
 def test_a_track_ends_with_its_episode():
@@ -91,7 +103,8 @@ def test_a_body_moves_over_the_floor():
     pictures = render.frames(env, None, jax.random.PRNGKey(0), width=160, steps=20)
     assert pictures.shape == (21, 120, 160, 3) and pictures.dtype == np.uint8
     assert changed(pictures[0], pictures[10]) > 0.01 and changed(pictures[10], pictures[20]) > 0.01
-    empty = render.Track(np.array([[0.0, -50.0, *np.zeros(7)]]), None)  # the body deep under the floor, the camera where it was
+    # The body deep under the floor, the camera where it was.
+    empty = render.Track(np.array([[0.0, -50.0, *np.zeros(7)]]), None)
     (floor,) = render.draw(env, empty, [0], 160, 120, "free")
     (body,) = render.draw(env, render.Track(0 * empty.places, None), [0], 160, 120, "free")
     assert 0.005 < changed(floor, body) < 0.3
@@ -114,29 +127,50 @@ def test_an_ant_its_goal_and_its_way_are_seen_in_the_maze():
     assert changed(*tracked) > 0.1, "the camera goes along"
 
 
+@pytest.fixture(scope="module")
+def once():
+    """`render.play`, which makes equal episodes once, as compiling takes the most time."""
+    play, made = render.play, {}
+
+    def cached(env, actor, key, episodes, steps):
+        asked = type(env), tuple(np.asarray(key)), episodes, steps
+        if asked not in made:
+            made[asked] = play(env, actor, key, episodes, steps)
+        return made[asked]
+
+    return cached
+
+
 @needs_graphics
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
-def test_films_are_read_back_with_all_their_frames(tmp_path, suffix):
+def test_films_are_read_back_with_all_their_frames(tmp_path, monkeypatch, once, suffix):
     if suffix == "mp4":
         pytest.importorskip("imageio_ffmpeg", reason="ffmpeg is not installed")
-    out = run(tmp_path / f"film.{suffix}", "halfcheetah-sparse", steps=8, episodes=2, width=96, height=64, fps=10, physics="mujoco")
+    monkeypatch.setattr(render, "play", once)
+    size = {"width": 96, "height": 64, "fps": 10}
+    out = run(
+        tmp_path / f"film.{suffix}", "halfcheetah-sparse", steps=8, episodes=2, physics="mujoco", **size
+    )
     if suffix == "mp4":
         reader = pytest.importorskip("imageio.v2").get_reader(out)
-        read = np.stack([frame for frame in reader])  # noqa: C416 (list() would make room for the infinity that it says is its length)
+        read = np.stack([frame for frame in reader])  # noqa: C416 (its length is infinity, which list() would ask for)
     else:
-        read = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(out))])
+        frames = ImageSequence.Iterator(Image.open(out))
+        read = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
     assert read.shape == (18, 64, 96, 3)  # two starts and twice eight steps
     assert changed(read[0], read[8]) > 0.005
     assert sorted(p.name for p in tmp_path.iterdir()) == [out.name], "nothing is left behind"
 
 
 @pytest.mark.parametrize(
-    ("name", "fps", "stride"), [("hopper", 25, 5), ("halfcheetah", 20, 1), ("antmaze-umaze", 10, 1), ("maze2d-open", 25, 4)]
+    ("name", "fps", "stride"),
+    [("hopper", 25, 5), ("halfcheetah", 20, 1), ("antmaze-umaze", 10, 1), ("maze2d-open", 25, 4)],
 )
 def test_real_time_leaves_out_steps(name, fps, stride):
     track = render.Track(np.zeros((101, 2)), None)
     for asked, expected in ((0.0, (fps, stride)), (7.0, (7, 1))):
-        (which,), rate = render.choose(envs.make(name), render.Args(name, pathlib.Path("film.gif"), fps=asked), [track])
+        args = render.Args(name, pathlib.Path("film.gif"), fps=asked)
+        (which,), rate = render.choose(envs.make(name), args, [track])
         assert (rate, which.step) == (pytest.approx(expected[0]), expected[1])
 
 
@@ -154,11 +188,11 @@ def test_a_policy_acts_by_its_mean_or_by_samples(tmp_path):
     [
         ({"env": "point-mass-wal"}, "unknown environment 'point-mass-wal'; did you mean point-mass-wall"),
         ({"env": "probe-match-obs"}, "nothing to draw"),
-        ({"physics": "mjx"}, "no engine to choose"),
+        ({"physics": "mjx"}, "uses no physics engine"),
         ({"out": "film.avi"}, r"film\.avi: its name must end in \.mp4, \.gif or \.png"),
         ({"out": "absent/film.gif"}, r"absent/film\.gif: must be a file in a folder that exists"),
         ({"policy": "absent.npz"}, r"absent\.npz: there is no such file"),
-        ({"policy": "ant.npz"}, r"point-mass-wall has 2 observations and 2 actions, but .*ant\.npz takes 27 and gives 8"),
+        ({"policy": "ant.npz"}, r"has 2 observations and 2 actions, but .*ant\.npz takes 27 and gives 8"),
         ({"policy": "mean.npz", "sample": True}, "no standard deviation"),
         ({"episodes": 0}, "--episodes must be at least 1, not 0"),
         ({"seed": -1}, "--seed must be at least 0"),
@@ -198,7 +232,11 @@ def test_a_film_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_without_graphics_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
-    for asked, words in (("", "tried egl, osmesa"), ("osmesa", "MUJOCO_GL=osmesa"), ("nonsense", "MUJOCO_GL=nonsense")):
+    for asked, words in (
+        ("", "tried egl, osmesa"),
+        ("osmesa", "MUJOCO_GL=osmesa"),
+        ("nonsense", "MUJOCO_GL=nonsense"),
+    ):
         monkeypatch.setenv("MUJOCO_GL", asked)
         monkeypatch.setattr(render, "TRY", {render.platform.system(): ("egl", "osmesa")})
         render.graphics.cache_clear()
@@ -208,16 +246,12 @@ def test_without_graphics_it_says_what_to_install(monkeypatch):
 
 
 def test_as_a_program_it_fails_with_one_line_and_exit_code_2(tmp_path):
-    write_policy(tmp_path / "ant.npz", 27, 8)
-    flags = ["--env", "antmaze-umaze", "--policy", str(tmp_path / "ant.npz"), "--out", str(tmp_path / "film.gif")]
+    actor, out = write_policy(tmp_path / "ant.npz", 27, 8), str(tmp_path / "film.gif")
+    flags = ["--env", "point-mass-wall", "--policy", actor, "--out", out]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, render.__file__, *flags], capture_output=True, text=True, env=environment)
+    command = [sys.executable, render.__file__, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    if not no_graphics():
-        assert line.startswith("error: antmaze-umaze has 29 observations and 8 actions, but") and line.endswith("takes 27 and gives 8")
-
-
-def test_who_draws_needs_no_policy_files():
-    check = "import sys, envs.render; sys.exit('data' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], env={**os.environ, "JAX_PLATFORMS": "cpu"}).returncode == 0
+    assert line.startswith("error: point-mass-wall has 2 observations and 2 actions, but")
+    assert line.endswith("takes 27 and gives 8")

@@ -1,4 +1,6 @@
-"""A run killed at any moment, and resumed, ends in the same bits as one left alone; what cannot be resumed says why."""
+"""A run killed at any moment, and resumed, ends in the same bits as one left alone; what cannot be resumed
+says why.
+"""
 
 import json
 import pathlib
@@ -11,16 +13,18 @@ import time
 import numpy as np
 import pytest
 
-from algos import iql, ooo_iql
-from data import cli
+from ooo_rl.algos import iql, ooo_iql
+from ooo_rl.data.runs.settings import launch, parse
 
 REPO = pathlib.Path(__file__).parents[1]
 COMMON = (
-    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 200 --online-steps 1600 --num-envs 8 "
+    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 200 "
+    "--online-steps 1600 --num-envs 8 "
     "--utd-ratio 0.125 --eval-episodes 2 --eval-every 200 --checkpoint-every 50 --name it"
 )
 BODY = (
-    "--env hopper --physics mujoco --hidden 8 --num-seeds 2 --batch-size 16 --offline-steps 0 --online-steps 800 --num-envs 4 "
+    "--env hopper --physics mujoco --hidden 8 --num-seeds 2 --batch-size 16 --offline-steps 0 "
+    "--online-steps 800 --num-envs 4 "
     "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 40 --name it"
 )
 FLAGS = {"ooo_iql": [*COMMON.split(), "--retrain-steps", "200"], "iql": COMMON.split()}
@@ -39,7 +43,9 @@ def place(tmp_path_factory):
 def start(place, method, *flags):
     (place / "log").touch()
     with (place / "log").open("a") as log:
-        return subprocess.Popen([sys.executable, REPO / f"algos/{method}.py", *flags], cwd=place, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, REPO / f"algos/{method}.py", *flags], cwd=place, stdout=log, stderr=log
+        )
 
 
 def finish(place, process):
@@ -99,7 +105,9 @@ def assert_same(folder, expected):
 def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed, method):
     rng, folder = random.Random(0), place / "killed" / method / "point-mass-wall" / "it"
     process = start(place, method, *FLAGS[method], "--runs-dir", "killed")
-    assert kill_when(process, (folder / "config.json").exists), "the run ended before it could be killed as it began"
+    assert kill_when(process, (folder / "config.json").exists), (
+        "the run ended before it could be killed as it began"
+    )
     phases = ("offline", "online", "retrained") if method == "ooo_iql" else ("online",)
     for phase in phases:
         for moment in ("checkpoint", "any"):
@@ -126,7 +134,8 @@ def test_a_body_of_the_c_engine_goes_on_in_the_same_bits(place):
     finish(place, start(place, "iql", *flags, "--runs-dir", "body"))
     folder = place / "body-killed" / "iql" / "hopper" / "it"
     process = start(place, "iql", *flags, "--runs-dir", "body-killed")
-    caught = lambda: phase_of(folder) == "online" and any(p.name.isdigit() for p in (folder / "checkpoints").glob("*"))  # noqa: E731
+    steps = lambda: [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]  # noqa: E731
+    caught = lambda: phase_of(folder) == "online" and steps()  # noqa: E731
     assert kill_when(process, caught), "the run ended before a checkpoint was seen"
     finish(place, start(place, "iql", "--resume", folder))
     assert_same(folder, place / "body" / "iql" / "hopper" / "it")
@@ -139,7 +148,7 @@ def copy(undisturbed, tmp_path):
 
 def resume(monkeypatch, folder, *flags, module=ooo_iql):
     monkeypatch.setattr(sys, "argv", ["script", "--resume", str(folder), *flags])
-    cli.guarded(module.main)
+    launch(module.Args, module.train)
 
 
 def refused(monkeypatch, capsys, folder, *flags, module=ooo_iql):
@@ -174,7 +183,7 @@ def test_other_settings_are_refused_by_name(monkeypatch, capsys, undisturbed, fl
 
 def test_the_same_settings_may_be_repeated(undisturbed):
     folder = str(undisturbed["ooo_iql"])
-    assert cli.parse(ooo_iql.Args, ooo_iql.SETTINGS, ["--resume", folder, "--num-seeds", "2"]).resume == folder
+    assert parse(ooo_iql.Args, ["--resume", folder, "--num-seeds", "2"]).resume == folder
 
 
 def test_what_is_no_run_is_refused(monkeypatch, capsys, undisturbed, tmp_path):
@@ -193,9 +202,11 @@ def test_a_damaged_checkpoint_is_one_clear_error(monkeypatch, capsys, copy, dama
             path.write_text("{")
     else:
         for path in (checkpoint / "state" / "ocdbt.process_0" / "d").iterdir():
-            {"emptied": lambda p: p.write_bytes(b""), "garbled": lambda p: p.write_bytes(b"\x00" * 999), "missing": pathlib.Path.unlink}[
-                damage
-            ](path)
+            {
+                "emptied": lambda p: p.write_bytes(b""),
+                "garbled": lambda p: p.write_bytes(b"\x00" * 999),
+                "missing": pathlib.Path.unlink,
+            }[damage](path)
         for path in (checkpoint / "state" / "d").iterdir():
             path.write_bytes(b"")
     assert "damaged" in refused(monkeypatch, capsys, copy)

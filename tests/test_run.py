@@ -1,4 +1,6 @@
-"""Whole tiny runs: what they leave on disk, what --sweep adds, how one seed's failure stays its own, and every switch once."""
+"""Whole tiny runs: what they leave on disk, what --sweep adds, how one seed's failure stays its own, and
+every switch once.
+"""
 
 import csv
 import json
@@ -9,15 +11,21 @@ import sys
 import numpy as np
 import pytest
 
-from algos import iql, ooo_iql
-from data import cli, datasets, policy
+from ooo_rl.algos import iql, ooo_iql
+from ooo_rl.data import policy
+from ooo_rl.data.datasets.validate import check_fits
+from ooo_rl.data.errors import DatasetError, UsageError
+from ooo_rl.data.recipes import library
+from ooo_rl.data.runs.settings import parse
 
 TINY = (
-    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 40 --online-steps 320 --num-envs 8 "
+    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 40 "
+    "--online-steps 320 --num-envs 8 "
     "--utd-ratio 0.125 --eval-episodes 2 --eval-every 1000"
 )
 KEYS = {
-    "method", "env", "dataset", "num_seeds", "phases", "wall_seconds", "seed_updates_per_second", "env_steps_per_second", "compile_seconds",
+    "method", "env", "dataset", "num_seeds", "phases", "wall_seconds", "seed_updates_per_second",
+    "env_steps_per_second", "compile_seconds",
 }  # fmt: skip
 
 
@@ -30,10 +38,16 @@ def datasets_path(tmp_path_factory):
 
 
 def run(runs_dir, name, *flags, module=ooo_iql):
-    flags = [*TINY.split(), *(["--retrain-steps", "40"] if module is ooo_iql else []), *flags, "--name", name, "--runs-dir", str(runs_dir)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script", *flags])
-        module.main()
+    flags = [
+        *TINY.split(),
+        *(["--retrain-steps", "40"] if module is ooo_iql else []),
+        *flags,
+        "--name",
+        name,
+        "--runs-dir",
+        str(runs_dir),
+    ]
+    module.train(parse(module.Args, flags))
     return runs_dir / module.__name__.split(".")[-1] / "point-mass-wall" / name
 
 
@@ -48,15 +62,23 @@ def rows_of(folder):
 
 def check_schema(folder, method, phases, runs=2):
     result = result_of(folder)
-    assert result.keys() >= KEYS and result["method"] == method and result["env"] == "point-mass-wall" and result["num_seeds"] == 2
-    assert {"offline", "online", "retrained"} <= result["phases"].keys()
+    assert (
+        result.keys() >= KEYS
+        and result["method"] == method
+        and result["env"] == "point-mass-wall"
+        and result["num_seeds"] == 2
+    )
     assert {name for name, found in result["phases"].items() if found} == set(phases)
     for name in phases:
         assert result["phases"][name].keys() == {"success", "return", "length"}
         for values in result["phases"][name].values():
             assert len(values) == runs and all(v is None or math.isfinite(v) for v in values)
         for measure, values in result["phases"][name].items():
-            logged = [float(r["value"]) for r in rows_of(folder) if (r["phase"], r["metric"]) == (name, f"eval/{measure}")][-runs:]
+            logged = [
+                float(r["value"])
+                for r in rows_of(folder)
+                if (r["phase"], r["metric"]) == (name, f"eval/{measure}")
+            ][-runs:]
             np.testing.assert_array_equal(logged, [math.nan if v is None else v for v in values])
     assert result["wall_seconds"] > result["compile_seconds"] > 0 and result["seed_updates_per_second"] > 0
     assert (result["env_steps_per_second"] > 0) == ("online" in phases)
@@ -68,7 +90,9 @@ def check_schema(folder, method, phases, runs=2):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Two settings x two seeds, of which the second setting breaks; and the same with a second setting that does not."""
+    """Two settings x two seeds, of which the second setting breaks; and the same with a second setting that
+    does not.
+    """
     place, found = tmp_path_factory.mktemp("swept"), {}
     patch = pytest.MonkeyPatch()
     patch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
@@ -105,9 +129,13 @@ def test_metrics_are_tidy(swept):
     assert rows[0].keys() == {"phase", "step", "seed", "setting", "metric", "value"}
     keys = [tuple(row[k] for k in ("phase", "step", "seed", "setting", "metric")) for row in rows]
     assert len(keys) == len(set(keys)) and all(math.isfinite(float(row["value"])) for row in rows)
-    assert {row["phase"] for row in rows} == set(PHASES) and "nonfinite_at" not in {row["metric"] for row in rows}
+    assert {row["phase"] for row in rows} == set(PHASES) and "nonfinite_at" not in {
+        row["metric"] for row in rows
+    }
     assert {int(row["step"]) for row in rows if row["phase"] == "online"} == {160, 320}
-    assert {"eval/success", "critic_loss", "bonus"} <= {row["metric"] for row in rows if row["phase"] == "offline"}
+    assert {"eval/success", "critic_loss", "bonus"} <= {
+        row["metric"] for row in rows if row["phase"] == "offline"
+    }
 
 
 def test_a_broken_run_is_named_and_stops_alone(swept):
@@ -116,12 +144,18 @@ def test_a_broken_run_is_named_and_stops_alone(swept):
     lines = err.splitlines()
     assert [line[:6] for line in lines] == ["seed 0", "seed 1"] and "critic-lr=0.0003" not in err
     for line in lines:
-        assert "critic-lr=inf stopped in offline, step 40: " in line and "critic_loss" in line and "parameter .actor[" in line
+        assert (
+            "critic-lr=inf stopped in offline, step 40: " in line
+            and "critic_loss" in line
+            and "parameter .actor.params[" in line
+        )
     assert result["failed"].keys() == {"2", "3"} and "offline, step 40" in result["failed"]["2"]
     for found in result["phases"].values():
         for values in found.values():
             assert None not in values[:2] and values[2:] == [None, None]
-    assert [p.name for p in folder.glob("broken_*")] == ["broken_offline_40"] and list((folder / "broken_offline_40").iterdir())
+    assert [p.name for p in folder.glob("broken_*")] == ["broken_offline_40"] and list(
+        (folder / "broken_offline_40").iterdir()
+    )
     assert "nan" in out
     assert sorted(p.name for p in (folder / "policies").iterdir()) == [
         f"{agent}_seed{k}_critic-lr=0.0003.npz" for agent in ("exploiter", "explorer") for k in (0, 1)
@@ -129,7 +163,9 @@ def test_a_broken_run_is_named_and_stops_alone(swept):
 
 
 def test_the_other_runs_are_as_without_it(swept):
-    parts = [[r for r in rows_of(folder) if r["setting"] == "critic-lr=0.0003"] for folder, _, _ in swept.values()]
+    parts = [
+        [r for r in rows_of(folder) if r["setting"] == "critic-lr=0.0003"] for folder, _, _ in swept.values()
+    ]
     assert parts[0] == parts[1] and len(parts[0]) > 50
     files = [sorted((folder / "policies").glob("*lr=0.0003.npz")) for folder, _, _ in swept.values()]
     for a, b in zip(*files):
@@ -147,12 +183,12 @@ def test_policies_load_and_act(swept):
 
 def test_exported_experience_is_a_dataset(swept):
     for seed in (0, 1):
-        data = datasets.load(f"ooo/broken-seed{seed}-critic-lr-0_0003-v0")
+        data = library.load(f"ooo/broken-seed{seed}-critic-lr-0_0003-v0")
         assert data.card["transitions"] == 320 and data.card["episodes"] >= 8
-        datasets.check_fits(data, 2, 2, "point-mass-wall")
-    with pytest.raises(datasets.DatasetError):
-        datasets.load("ooo/broken-seed0-critic-lr-inf-v0")
-    again = datasets.load("ooo/healthy-seed1-critic-lr-0_0003-v0").transitions
+        check_fits(data, 2, 2, "point-mass-wall")
+    with pytest.raises(DatasetError):
+        library.load("ooo/broken-seed0-critic-lr-inf-v0")
+    again = library.load("ooo/healthy-seed1-critic-lr-0_0003-v0").transitions
     np.testing.assert_array_equal(data.transitions.obs, again.obs)
 
 
@@ -163,7 +199,7 @@ def test_tensorboard_files(swept):
 
 
 def test_when_every_seed_breaks_the_run_says_so(tmp_path, capsys):
-    with pytest.raises(cli.UsageError, match=r"every seed broke.*offline, step 40"):
+    with pytest.raises(UsageError, match=r"every seed broke.*offline, step 40"):
         run(tmp_path, "it", "--critic-lr", "inf", "--retrain-steps", "0", "--online-steps", "0")
     (folder,) = tmp_path.rglob("broken_offline_40")
     assert not (folder.parent / "result.json").exists() and capsys.readouterr().err.count("stopped in") == 2
@@ -173,19 +209,25 @@ def test_when_every_seed_breaks_the_run_says_so(tmp_path, capsys):
     ("flags", "phases"),
     [
         ("--offline-steps 0 --intrinsic none --no-bound-q --warm-start --retrain-at 160 320", PHASES[1:]),
-        ("--intrinsic rnd --rnd-variant code --frozen-bonus --upsample 0.1 --buffer-size 160", ("offline", "online", "retrained")),
+        (
+            "--intrinsic rnd --rnd-variant code --frozen-bonus --upsample 0.1 --buffer-size 160",
+            ("offline", "online", "retrained"),
+        ),
         ("--online-steps 0 --intrinsic rnd --dropout 0.1", ("offline", "retrained")),
     ],
 )
 def test_switches_of_ooo_iql(tmp_path, flags, phases):
     folder = run(tmp_path, "it", *flags.split())
     check_schema(folder, "ooo_iql", phases)
-    bonus = [float(r["value"]) for r in rows_of(folder) if r["metric"] == "bonus" and r["phase"] == phases[-1]]
+    bonus = [
+        float(r["value"]) for r in rows_of(folder) if r["metric"] == "bonus" and r["phase"] == phases[-1]
+    ]
     assert all(b > 0 for b in bonus) if "--frozen-bonus" in flags else bonus == [0.0] * len(bonus)
 
 
 @pytest.mark.parametrize(
-    ("flags", "phases"), [("--online-steps 0", ("offline",)), ("--offline-steps 0", ("online",)), ("", ("offline", "online"))]
+    ("flags", "phases"),
+    [("--online-steps 0", ("offline",)), ("--offline-steps 0", ("online",)), ("", ("offline", "online"))],
 )
 def test_iql(tmp_path, flags, phases):
     result = check_schema(run(tmp_path, "it", *flags.split(), module=iql), "iql", phases)

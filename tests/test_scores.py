@@ -1,32 +1,43 @@
-"""D4RL's reference scores are found under the names by which Gymnasium, Minari, D4RL and files call their tasks."""
+"""D4RL's reference scores are found under the names that Gymnasium, Minari, D4RL and files give to tasks."""
 
 import numpy as np
 import pytest
 
-from data.scores import REFERENCES, normalized_score, reference
+from ooo_rl.data.datasets.scores import REFERENCES, normalized_score, reference
+
+NAMES = {  # family -> how its tasks and datasets are called
+    "halfcheetah": "halfcheetah-medium-v2 HalfCheetah-v5 mujoco/halfcheetah/expert-v0",
+    "hopper": "hopper-medium-replay-v2 Hopper-v4 /home/ant/hopper_medium-v2.hdf5",
+    "walker2d": "walker2d-random-v0",
+    "ant": "Ant-v5",
+    "antmaze": "antmaze-large-diverse-v2 D4RL/antmaze/umaze-v1 AntMaze_UMaze-v4",
+    "kitchen": "kitchen-mixed-v0 FrankaKitchen-v1 D4RL/kitchen/complete-v2",
+    "maze2d-umaze": "maze2d-umaze-v1",
+    "maze2d-large-dense": "maze2d-large-dense-v1",
+    "maze2d-open": "maze2d-open-v0",
+    "door": "AdroitHandDoor-v1 door-human-v1 D4RL/door/human-v2 door-human-v1.hdf5",
+    "pen": "AdroitHandPen-v1 D4RL/pen/cloned-v2",
+    "hammer": "AdroitHandHammer-v1",
+    "relocate": "relocate-expert-v1",
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("halfcheetah-medium-v2", "halfcheetah"), ("HalfCheetah-v5", "halfcheetah"), ("mujoco/halfcheetah/expert-v0", "halfcheetah"),
-        ("hopper-medium-replay-v2", "hopper"), ("Hopper-v4", "hopper"), ("walker2d-random-v0", "walker2d"), ("Ant-v5", "ant"),
-        ("antmaze-large-diverse-v2", "antmaze"), ("D4RL/antmaze/umaze-v1", "antmaze"), ("AntMaze_UMaze-v4", "antmaze"),
-        ("kitchen-mixed-v0", "kitchen"), ("FrankaKitchen-v1", "kitchen"), ("D4RL/kitchen/complete-v2", "kitchen"),
-        ("maze2d-umaze-v1", "maze2d-umaze"), ("maze2d-large-dense-v1", "maze2d-large-dense"), ("maze2d-open-v0", "maze2d-open"),
-        ("AdroitHandDoor-v1", "door"), ("door-human-v1", "door"), ("D4RL/door/human-v2", "door"), ("door_human_replayed.npz", "door"),
-        ("AdroitHandPen-v1", "pen"), ("D4RL/pen/cloned-v2", "pen"), ("AdroitHandHammer-v1", "hammer"), ("relocate-expert-v1", "relocate"),
-    ],
-)  # fmt: skip
+    ("name", "family"), [(name, family) for family, names in NAMES.items() for name in names.split()]
+)
 def test_names_of_many_styles_find_their_family(name, family):
     assert reference(name) == REFERENCES[family]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["point-mass-wall", "point-mass-wall-sparse", "AdroitHandDoorSparse-v1", "door-binary-v0", "Pendulum-v1", "CartPole-v1", "Humanoid-v5",
-     "ooo/point-mass-wall/over-v0", "maze2d-open-dense-v0", "none", ""],
-)  # fmt: skip
+WITHOUT = [
+    "point-mass-wall", "point-mass-wall-sparse", "AdroitHandDoorSparse-v1", "door-binary-v0", "Pendulum-v1",
+    "door_human_replayed.npz", "/home/ant/log.npz", "/data/pen/log-v0", "~/hopper-v0", "../kitchen/log.HDF5",
+    "hopper.h5", "CartPole-v1", "Humanoid-v5", "ooo/point-mass-wall/over-v0", "maze2d-open-dense-v0", "none",
+    "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT)
 def test_names_without_a_reference(name):
     assert reference(name) is None and normalized_score(name, 1.0) is None
 

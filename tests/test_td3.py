@@ -1,8 +1,8 @@
-"""TD3, and what OOO's code calls so, against plain NumPy in float64; on the probes; and stopped where its values explode."""
+"""TD3, and what OOO's code calls so: against NumPy in float64, on the probes, and where values explode."""
 
 import json
 import sys
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,25 +13,42 @@ import pytest
 from numerics import adam_first_step, double, ensemble, forward, gradient, mostly_close
 from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
 
-from algos import td3
-from data import cli, policy, report
-from data.buffer import Transition
+from ooo_rl.algos import td3
+from ooo_rl.data import policy
+from ooo_rl.data.buffer import Transition
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs import sweep
 
 OBS, ACT, BATCH, HIDDEN = 3, 2, 48, (5, 4)
+EXAMPLE = Transition(jnp.zeros(OBS), jnp.zeros(ACT), jnp.float32(0), jnp.zeros(OBS), jnp.float32(0))
 SETTINGS = {
-    "actor_lr": 2e-2, "critic_lr": 3e-2, "target_rate": 0.1, "reward_scale": 2.0, "reward_bias": -1.0, "target_noise": 0.6,
-    "target_noise_clip": 0.5,
+    "actor_lr": 2e-2, "critic_lr": 3e-2, "target_rate": 0.1, "reward_scale": 2.0, "reward_bias": -1.0,
+    "target_noise": 0.6, "target_noise_clip": 0.5,
 }  # fmt: skip
 BOUNDS = (-2.5, 2.0)
 
 
+@cache
 def make(gaussian=False):
-    nets = td3.Nets(td3.Actor(HIDDEN, ACT, gaussian), td3.Critic(HIDDEN))
-    agent = td3.init_agent(nets, OBS, jax.random.PRNGKey(0))
+    """Networks, an agent, a batch, its bonuses."""
+    variant = {"variant": "code" if gaussian else "paper"}
+    args = td3.Args.exactly({"hidden": HIDDEN, "critic_hidden": HIDDEN} | variant)
+    nets = td3.make_nets(SimpleNamespace(args=args, action_size=ACT))
+
     # Targets that differ from their networks, and biases that are not zero, so that a mix-up shows.
-    names = ("actor", "critic", "target_actor", "target_critic")
-    shift = lambda tree, k: jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.PRNGKey(k), x.shape), tree)  # noqa: E731
-    agent = agent.replace(**{name: shift(getattr(agent, name), k + 7) for k, name in enumerate(names)})
+    def shift(tree, k):
+        return jax.tree.map(lambda x: x + 0.5 * jax.random.normal(jax.random.PRNGKey(k + 7), x.shape), tree)
+
+    @jax.jit
+    def start():
+        agent = td3.init_agent(nets, EXAMPLE, jax.random.PRNGKey(0))
+        return td3.Agent(
+            agent.actor.replace(params=shift(agent.actor.params, 0)),
+            agent.critic.replace(params=shift(agent.critic.params, 1)),
+            shift(agent.target_actor, 2),
+            shift(agent.target_critic, 3),
+        )
+
     rng = np.random.default_rng(0)
     batch = Transition(
         *(np.float32(x) for x in (
@@ -39,7 +56,7 @@ def make(gaussian=False):
             rng.normal(size=(BATCH, OBS)), rng.integers(0, 2, BATCH),
         ))
     )  # fmt: skip
-    return nets, agent, batch, np.float32(rng.uniform(0, 0.5, BATCH))
+    return nets, start(), batch, np.float32(rng.uniform(0, 0.5, BATCH))
 
 
 def noise_of(key):
@@ -53,7 +70,9 @@ def mean_action(actor, obs):
 
 def sampled_action(actor, obs, noise):
     """Of the code's variant, whose deviation, the same everywhere, is added before the squashing."""
-    return np.tanh(forward(actor["params"]["MLP_0"], obs) + np.exp(actor["params"]["log_std_before_tanh"]) * noise)
+    return np.tanh(
+        forward(actor["params"]["MLP_0"], obs) + np.exp(actor["params"]["log_std_before_tanh"]) * noise
+    )
 
 
 def target_of(batch, hyper, bonus, agent, next_action):
@@ -67,9 +86,14 @@ def check_critics(ours, metrics, agent, batch, target):
     def bellman(params):
         return np.mean(((ensemble(params, batch.obs, batch.action) - target) ** 2).sum(axis=0))
 
-    np.testing.assert_allclose(metrics["critic_loss"], bellman(agent.critic), rtol=1e-4)
+    np.testing.assert_allclose(metrics["critic_loss"], bellman(agent.critic.params), rtol=1e-4)
     np.testing.assert_allclose(metrics["q"], target.mean(), rtol=1e-4)
-    mostly_close(ours.critic, adam_first_step(agent.critic, gradient(bellman, agent.critic), 3e-2))
+    mostly_close(ours.critic.params, descended(bellman, agent.critic.params, 3e-2))
+
+
+def descended(loss, params, rate):
+    """After Adam's first step."""
+    return adam_first_step(params, gradient(loss, params), rate)
 
 
 def moved(new, old):
@@ -87,37 +111,37 @@ def test_update_of_td3():
     assert (np.abs(noise) > 0.5).any() and (np.abs(action) > 1).any()
     check_critics(ours, metrics, agent, batch, target_of(batch, hyper, bonus, agent, np.clip(action, -1, 1)))
 
-    def policy_loss(params, critic=double(ours.critic)):
+    def policy_loss(params, critic=double(ours.critic.params)):
         return -ensemble(critic, batch.obs, mean_action(params, batch.obs))[0].mean()
 
-    q = ensemble(double(ours.critic), batch.obs, mean_action(agent.actor, batch.obs))
+    q = ensemble(double(ours.critic.params), batch.obs, mean_action(agent.actor.params, batch.obs))
     assert 0 < np.mean(q[0] < q[1]) < 1, "the first critic should not be the least one everywhere"
-    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor), rtol=1e-4)
-    mostly_close(ours.actor, adam_first_step(agent.actor, gradient(policy_loss, agent.actor), 2e-2))
-    mostly_close(ours.target_critic, moved(double(ours.critic), agent.target_critic))
-    mostly_close(ours.target_actor, moved(double(ours.actor), agent.target_actor))
+    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor.params), rtol=1e-4)
+    mostly_close(ours.actor.params, descended(policy_loss, agent.actor.params, 2e-2))
+    mostly_close(ours.target_critic, moved(double(ours.critic.params), agent.target_critic))
+    mostly_close(ours.target_actor, moved(double(ours.actor.params), agent.target_actor))
 
 
 def test_update_of_what_ooo_calls_td3():
-    """No delay, whatever --policy-every; the target from samples of the policy; the policy climbs both critics as they were before."""
+    """No delay, whatever --policy-every; samples in the target; the policy climbs both old critics."""
     nets, agent, batch, bonus = make(gaussian=True)
     hyper, key = td3.Hyper(**SETTINGS, policy_every=7.0), jax.random.PRNGKey(5)
     ours, metrics = jax.jit(partial(td3.update, nets))(hyper, agent, batch, bonus, BOUNDS, key)
     agent, batch = double(agent), double(batch)
     next_noise, noise = (noise_of(k) for k in jax.random.split(key))
-    next_action = sampled_action(agent.actor, batch.next_obs, next_noise)
+    next_action = sampled_action(agent.actor.params, batch.next_obs, next_noise)
     check_critics(ours, metrics, agent, batch, target_of(batch, hyper, bonus, agent, next_action))
 
     def policy_loss(params):
-        return -ensemble(agent.critic, batch.obs, sampled_action(params, batch.obs, noise)).mean()
+        return -ensemble(agent.critic.params, batch.obs, sampled_action(params, batch.obs, noise)).mean()
 
-    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor), rtol=1e-4)
-    mostly_close(ours.actor, adam_first_step(agent.actor, gradient(policy_loss, agent.actor), 2e-2))
-    mostly_close(ours.target_critic, moved(double(ours.critic), agent.target_critic))
+    np.testing.assert_allclose(metrics["actor_loss"], policy_loss(agent.actor.params), rtol=1e-4)
+    mostly_close(ours.actor.params, descended(policy_loss, agent.actor.params, 2e-2))
+    mostly_close(ours.target_critic, moved(double(ours.critic.params), agent.target_critic))
 
 
 def test_policy_and_targets_wait_for_their_turn():
-    """With a delay of 3 the first two updates move the critics alone; the third moves all, Adam counting one step of the policy."""
+    """With a delay of 3, two updates move the critics alone, and the third is Adam's first of the policy."""
     nets, agent, batch, bonus = make()
     hyper = td3.Hyper(**SETTINGS, policy_every=3.0)
     step = jax.jit(lambda agent, key: td3.update(nets, hyper, agent, batch, bonus, BOUNDS, key)[0])
@@ -125,44 +149,53 @@ def test_policy_and_targets_wait_for_their_turn():
     for key in jax.random.split(jax.random.PRNGKey(1), 6):
         seen.append(step(seen[-1], key))
 
-    def same(a, b, *names):
-        return all(bool((x == y).all()) for n in names for x, y in zip(jax.tree.leaves(getattr(a, n)), jax.tree.leaves(getattr(b, n))))
+    def same(part):
+        """Whether each update left `part(agent)` as it was."""
+        pairs = [[jax.tree.leaves(part(agent)) for agent in pair] for pair in pairwise(seen)]
+        return [all(bool((x == y).all()) for x, y in zip(*pair)) for pair in pairs]
 
-    slow = ("actor", "actor_opt", "target_actor", "target_critic")
-    assert [same(a, b, *slow) for a, b in pairwise(seen)] == [True, True, False, True, True, False]
-    assert not any(same(a, b, "critic") for a, b in pairwise(seen))
-    assert [int(a.critic_opt.count) for a in seen] == list(range(7)) and [int(a.actor_opt.count) for a in seen] == [0, 0, 0, 1, 1, 1, 2]
+    slow = same(lambda agent: (agent.actor, agent.target_actor, agent.target_critic))
+    assert slow == [True, True, False, True, True, False]
+    assert not any(same(lambda agent: agent.critic.params))
+    assert [int(a.critic.opt.count) for a in seen] == list(range(7))
+    assert [int(a.actor.opt.count) for a in seen] == [0, 0, 0, 1, 1, 1, 2]
     after, before = seen[3], double(seen[2])
 
-    def policy_loss(params, critic=double(after.critic)):
+    def policy_loss(params, critic=double(after.critic.params)):
         return -ensemble(critic, double(batch).obs, mean_action(params, double(batch).obs))[0].mean()
 
-    mostly_close(after.actor, adam_first_step(before.actor, gradient(policy_loss, before.actor), 2e-2))
+    mostly_close(after.actor.params, descended(policy_loss, before.actor.params, 2e-2))
 
 
 def test_actions():
     key, (nets, agent, batch, _) = jax.random.PRNGKey(3), make()
-    mean, noise = mean_action(double(agent.actor), np.float64(batch.obs)), noise_of(key)
-    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs), mean, atol=1e-5)
-    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs, key, 0.8), np.clip(mean + 0.8 * noise, -1, 1), atol=1e-5)
+    actor, obs = agent.actor.params, np.float64(batch.obs)
+    mean, noise = mean_action(double(actor), obs), noise_of(key)
+    np.testing.assert_allclose(td3.act(nets, actor, batch.obs), mean, atol=1e-5)
+    noisy = np.clip(mean + 0.8 * noise, -1, 1)
+    np.testing.assert_allclose(td3.act(nets, actor, batch.obs, key, 0.8), noisy, atol=1e-5)
     nets, agent, *_ = make(gaussian=True)
-    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs), mean_action(double(agent.actor), np.float64(batch.obs)), atol=1e-5)
-    sample = sampled_action(double(agent.actor), np.float64(batch.obs), noise)
-    np.testing.assert_allclose(td3.act(nets, agent.actor, batch.obs, key, 0.8), sample, atol=1e-5)
+    actor = agent.actor.params
+    np.testing.assert_allclose(td3.act(nets, actor, batch.obs), mean_action(double(actor), obs), atol=1e-5)
+    sample = sampled_action(double(actor), obs, noise)
+    np.testing.assert_allclose(td3.act(nets, actor, batch.obs, key, 0.8), sample, atol=1e-5)
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_saved_policy_is_the_mean_action(tmp_path, gaussian):
     nets, agent, batch, _ = make(gaussian)
-    run = SimpleNamespace(labels=[cli.RunLabel(4, "")], failed={}, folder=tmp_path, method="td3", task="test")
-    report.save_policies(run, jax.tree.map(lambda x: x[None], agent.actor), "policy", ACT)
-    saved = policy.load(tmp_path / "policies" / "policy_seed4.npz")
-    np.testing.assert_allclose(policy.act(saved, batch.obs), td3.act(nets, agent.actor, batch.obs), atol=1e-5)
+    policy.save(tmp_path / "policy.npz", td3.export(agent.actor.params), algo="td3")
+    saved = policy.load(tmp_path / "policy.npz")
+    actions = td3.act(nets, agent.actor.params, batch.obs)
+    np.testing.assert_allclose(policy.act(saved, batch.obs), actions, atol=1e-5)
 
 
 # --- on the probes ---
 
-ONLINE = {"online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "random_steps": 800, "dataset": "none"}
+ONLINE = {
+    "online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "random_steps": 800,
+    "dataset": "none",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -180,8 +213,9 @@ def test_offline(name):
 
 
 def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus():
-    """With random offline rows in the buffer, and the probe that needs most; the explorer's bonus keeps out of what is retrained."""
-    args = settings(td3, "probe-match-obs", {}, **ONLINE, variant="code", intrinsic="rnd", retrain_steps=STEPS)
+    """With random offline rows in the buffer. The explorer's bonus keeps out of what is retrained."""
+    changes = {**ONLINE, "variant": "code", "intrinsic": "rnd", "retrain_steps": STEPS}
+    args = settings(td3, "probe-match-obs", {}, **changes)  # the probe that needs most
     probing = Probing(td3, args, random_data(args.env))
     assert (np.asarray(probing.run("explore", 130)["bonus"]) > 0).all()
     assert (np.asarray(probing.run("retrain", STEPS)["bonus"]) == 0).all()
@@ -192,43 +226,50 @@ def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus():
 
 
 def test_offline_rows_are_drawn_like_all_others_unless_told():
-    rows = lambda value, n: Transition(*(jnp.full((n, *shape), value) for shape in ((1,), (1,), (), (1,), ())))  # noqa: E731
+    def rows(value, n):
+        return Transition(*(jnp.full((n, *shape), value) for shape in ((1,), (1,), (), (1,), ())))
+
     offline, ring = rows(1.0, 300), rows(0.0, 400)
-    for ratio, expected in ((-1.0, 300 / 400), (0.25, 0.25), (1.0, 1.0)):
-        args = settings(td3, "probe-match-obs", {}, offline_ratio=ratio)
-        batch = jax.jit(lambda key, args=args: td3.sample_batches(args, offline, ring, jnp.int32(100), 50, key))(jax.random.PRNGKey(0))
+    for ratio, expected in ((td3.Args.offline_ratio, 300 / 400), (0.25, 0.25), (1.0, 1.0)):
+        draw = partial(td3.sample_batches, offline, ring, jnp.int32(100), ratio, (50, 64))
+        batch = jax.jit(draw)(jax.random.PRNGKey(0))
         assert batch.reward.shape == (50, 64)
         np.testing.assert_allclose(batch.reward.mean(), expected, atol=0.03)
 
 
-TINY = (
-    "--env point-mass-wall --hidden 8 8 --critic-hidden 8 8 --num-seeds 2 --batch-size 16 --online-steps 320 --random-steps 0 --num-envs 8 "
-    "--utd-ratio 0.125 --eval-episodes 2 --name it"
-)
+TINY = {
+    "env": "point-mass-wall", "hidden": (8, 8), "critic_hidden": (8, 8), "num_seeds": 2, "batch_size": 16,
+    "online_steps": 320, "random_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 2,
+    "name": "it",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def exploded(tmp_path_factory):
-    """A run whose second setting has values without a bound: a discount of 3. It acts well below --max-q, and breaks in retraining."""
-    place, flags = (
-        tmp_path_factory.mktemp("exploded"),
-        "--retrain-steps 400 --policy-every 1 --target-rate 0.5 --critic-lr 1e-2 --max-q 300",
-    )
-    err = place / "err"
-    with err.open("w") as stderr, pytest.MonkeyPatch.context() as patch:
+    """A run whose second setting has values without a bound: a discount of 3, which --sweep else refuses.
+
+    It acts well below its limit, and breaks in retraining. An episode has 150 steps that cost 1 each, and
+    the limit is twice that.
+    """
+    place = tmp_path_factory.mktemp("exploded")
+    fast = {"retrain_steps": 400, "policy_every": 1, "target_rate": 0.5, "critic_lr": 1e-2, "max_q": 2}
+    args = td3.Args(**TINY, **fast, sweep=("discount=0.9,3",), runs_dir=str(place))
+    with (place / "err").open("w") as stderr, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
-        patch.setattr(sys, "argv", ["td3", *TINY.split(), *flags.split(), "--sweep", "discount=0.9,3", "--runs-dir", str(place)])
-        td3.main()
-    return place / "td3" / "point-mass-wall" / "it", err.read_text()
+        patch.setattr(sweep, "bounds_of", lambda kind: {})
+        td3.train(args)
+    return place / "td3" / "point-mass-wall" / "it", (place / "err").read_text()
 
 
 def test_a_run_whose_values_explode_is_named_and_the_others_go_on(exploded):
     folder, err = exploded
     result = json.loads((folder / "result.json").read_text())
-    assert result["failed"].keys() == {"2", "3"} and set(result["phases"]) == {"offline", "online", "retrained"}
+    assert result["failed"].keys() == {"2", "3"} and set(result["phases"]) == {"online", "retrained"}
     for seed, line in enumerate(err.splitlines()):
-        assert line.startswith(f"seed {seed} discount=3 stopped in retrained, step ") and line.endswith("beyond --max-q 300")
-        assert "diverged, the mean Q-value is " in line and abs(float(line.split("is ")[1].split(",")[0])) > 300
+        assert line.startswith(f"seed {seed} discount=3 stopped in retrained, step ")
+        assert line.endswith("beyond 300, which is --max-q 2 times what rewards up to 1 allow")
+        assert "diverged, the mean Q-value is " in line
+        assert abs(float(line.split("is ")[1].split(",")[0])) > 300
     assert len(err.splitlines()) == 2
     for measure in result["phases"]["retrained"].values():
         assert [v is None for v in measure] == [False, False, True, True]
@@ -239,21 +280,22 @@ def test_a_run_whose_values_explode_is_named_and_the_others_go_on(exploded):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("changes", "message"),
     [
-        ("--policy-every 0", "--policy-every must be a whole number, at least 1, not 0"),
-        ("--policy-every 1.5", "--policy-every must be a whole number, at least 1, not 1.5"),
-        ("--target-noise-clip -1", "--target-noise-clip must be at least 0, not -1"),
-        ("--exploration-noise nan", "--exploration-noise must be at least 0, not nan"),
-        ("--frozen-bonus --retrain-steps 10", "--frozen-bonus needs --intrinsic rnd"),
+        ({"policy_every": 0}, "--policy-every must be at least 1, not 0"),
+        ({"policy_every": 1.5}, "--policy-every must be a whole number, not 1.5"),
+        ({"policy_every": np.inf}, "--policy-every must be a whole number, not inf"),
+        ({"sweep": ("policy-every=1,1.5",)}, "--policy-every must be a whole number, not 1.5"),
+        ({"target_noise_clip": -1}, "--target-noise-clip must be at least 0, not -1"),
+        ({"exploration_noise": np.nan}, "--exploration-noise must be a number, not nan"),
+        ({"frozen_bonus": True, "retrain_steps": 10}, "--frozen-bonus needs --intrinsic rnd"),
         (
-            "--dataset own --env probe-match-obs --offline-steps 10",
+            {"dataset": "own", "env": "probe-match-obs", "offline_steps": 10},
             "--offline-steps 10 needs --dataset; probe-match-obs has none of its own",
         ),
     ],
 )
-def test_what_cannot_run_says_why(flags, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["td3", *TINY.split(), *flags.split(), "--runs-dir", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        cli.guarded(td3.main)
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_what_cannot_run_says_why(changes, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        td3.train(td3.Args(**TINY | changes, runs_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())

@@ -1,17 +1,20 @@
-"""How fast every method trains, phase by phase: one program for all seeds, against one jitted update per Python step.
+"""How fast every method trains, phase by phase: one program for all seeds, against one jitted update per
+Python step.
 
-Each script of algos/ builds its phases in its own `main`; we let it, without a record on disk, and keep each compiled phase with the
-state that it would have started from. *Ours* calls that program on and on, a chunk of many updates of all seeds at a time. *The
-usual way* jits the same function for one seed and one update, batch sampling and, online, a step of all environments included, and
-calls it from a Python loop that fetches nothing; its seeds train one after another, so its rate does not depend on their number. Both
-do the same arithmetic. To jit a script's `update` alone and to sample on the host, as people do, would be slower: by CPU time 1.3
-times for IQL and SAC. (In retraining, each call of the usual way also looks through all rewards once, which ours does once per
-chunk; --rows is small for that reason.)
+Each script of algos/ compiles its phases in its own `train`. We let it do so without a record on disk, and
+keep each compiled phase with the state that it would have started from. *Ours* calls that program on and
+on, a chunk of many updates of all seeds at a time. *The usual way* jits the same function for one seed and
+one update, batch sampling and, online, a step of all environments included, and calls it from a Python loop
+that fetches nothing; its seeds train one after another, so its rate does not depend on their number. Both
+do the same arithmetic. To jit a script's `update` alone and to sample on the host, as people do, would be
+slower: by CPU time 1.3 times for IQL and SAC. (In retraining, each call of the usual way also looks through
+all rewards once, which ours does once per chunk; --rows is small for that reason.)
 
-Networks, batches, environments and one update per step of all environments are alike in all methods; all else is as each script has it. A
-table also tells whether twenty updates per environment step (RLPD) cost more than twenty single ones. Compilation is part of no rate
-and is timed apart, without a cache. Repeats alternate, so that a machine that others use too treats both alike; the table
-shows the best, the JSON file all.
+Networks, batches, environments and one update per step of all environments are alike in all methods; all
+else is as each script has it. A table also tells whether twenty updates per environment step (RLPD) cost
+more than twenty single ones. Compilation is part of no rate and is timed apart, without a cache. Repeats
+alternate, so that a machine that others use too treats both alike; the table shows the best, the JSON file
+all.
 
     python tests/benchmarks/methods.py --json out.json
     python tests/benchmarks/methods.py --methods iql sac --hidden 256 --seeds 16
@@ -29,7 +32,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from unittest import mock
 
 import jax
@@ -40,7 +43,8 @@ from rich.console import Console
 from rich.table import Table
 from throughput import machine
 
-from data.program import Compiled
+from ooo_rl.data.runs import session
+from ooo_rl.data.runs.program import Compiled
 
 ON_CPU = jax.default_backend() == "cpu"
 ALGOS = pathlib.Path(__file__).parents[2] / "algos"
@@ -66,7 +70,9 @@ class Args:
     rows: int = 16_000
     """online rows that the buffer holds, a multiple of num_envs"""
     updates: int = 512 if ON_CPU else 32_768
-    """updates, of all seeds together, in one call of our program, at least 16 of each seed; calls are repeated to fill --seconds"""
+    """updates, of all seeds together, in one call of our program, at least 16 of each seed; calls are
+    repeated to fill --seconds
+    """
     seconds: float = 0.5
     """least length of one measurement"""
     repeats: int = 3
@@ -76,9 +82,12 @@ class Args:
 
 
 class Kept(Compiled):
-    """Compiled, keeping what it was first called with, for which memory that the call gives away is copied."""
+    """Compiled, keeping what it was first called with, and in which phase. Memory that the call gives away
+    is copied.
+    """
 
     compile_cpu_seconds = 0.0
+    now = ""  # the phase that is under way
 
     def program(self, *arguments, **static):
         known, began = len(self.programs), time.process_time()
@@ -87,25 +96,30 @@ class Kept(Compiled):
         return program
 
     def __call__(self, *arguments, **static):
-        if not hasattr(self, "first"):
-            copied = [jax.tree.map(jnp.copy, x) if i in self.donate else x for i, x in enumerate(arguments)]
-            self.first = copied, static
+        if "length" in static and not hasattr(self, "first"):
+            copied = [jax.tree.map(jnp.copy, x) if i in self.donated else x for i, x in enumerate(arguments)]
+            self.first, self.phase = (copied, static), Kept.now
         return super().__call__(*arguments, **static)
 
 
-class Rehearsal:
-    """Stands in for data.run.Run: goes through the plan and leaves nothing on disk."""
+class Rehearsal(session.Session):
+    """Goes through the plan and leaves nothing on disk."""
 
-    def __init__(self, *_):
-        self.programs: dict[str, Kept] = {}
+    latest = None  # the last one made
 
-    def restore(self, state):
-        return 0, state
+    def begin(self, state, act):
+        Rehearsal.latest = self
+        return state
 
-    def progress(self, plan, done):
-        yield from enumerate(plan, start=1)
+    def chunks(self):
+        for chunk in self.plan:
+            Kept.now = chunk.phase
+            yield chunk
 
     def after(self, *_):
+        pass
+
+    def conclude(self, *_, **__):
         pass
 
 
@@ -114,7 +128,12 @@ class Phase:
 
     def __init__(self, program: Kept, name: str, env_steps: int, updates: int):
         (self.start, *self.rest), self.static = program.first
-        self.program, self.name, self.env_steps, self.updates = program, name, env_steps, updates  # the last two per iteration, of a seed
+        self.program, self.name, self.env_steps, self.updates = (
+            program,
+            name,
+            env_steps,
+            updates,
+        )  # the last two per iteration, of a seed
 
     def arguments(self, iterations: int) -> list:
         """What follows the state after so many iterations: online, the count of collected rows goes up."""
@@ -122,7 +141,11 @@ class Phase:
 
     def measure(self, seconds: float) -> float:
         """Seed-updates per second of chunk after chunk, from the first state on."""
-        state, calls, length = jax.block_until_ready(jax.tree.map(jnp.copy, self.start)), 0, self.static["length"]
+        state, calls, length = (
+            jax.block_until_ready(jax.tree.map(jnp.copy, self.start)),
+            0,
+            self.static["length"],
+        )
         began = time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds or not calls:
             arguments = [int(x) if isinstance(x, np.int32) else x for x in self.arguments(calls * length)]
@@ -136,19 +159,30 @@ class Phase:
         """Raises if a chunk leaves all critics as they were: a phase that waits for something has no speed."""
         state, _ = self.program(jax.tree.map(jnp.copy, self.start), *self.rest, **self.static)
         pairs = zip(jax.tree_util.tree_leaves_with_path(self.start), jax.tree.leaves(state))
-        if not any("critic" in jax.tree_util.keystr(path) and np.any(old != new) for (path, old), new in pairs):
-            raise RuntimeError(f"{self.name} makes no update in {self.static['length']} steps; which setting keeps it waiting?")
+        if not any(
+            "critic" in jax.tree_util.keystr(path) and np.any(old != new) for (path, old), new in pairs
+        ):
+            raise RuntimeError(
+                f"{self.name} makes no update in {self.static['length']} steps; which setting keeps it waiting?"
+            )
 
 
 class Usual:
     """The same function for one seed and one update, jitted and called from Python."""
 
     def __init__(self, phase: Phase):
-        self.phase, shared, home = phase, phase.program.shared, jax.devices()[0]
-        own = [x if i in shared else jax.tree.map(lambda leaf: leaf[0], x) for i, x in enumerate((phase.start, *phase.rest))]
+        self.phase, program, home = phase, phase.program, jax.devices()[0]
+        own = [
+            x if name in program.shared else jax.tree.map(lambda leaf: leaf[0], x)
+            for name, x in zip(program.names, (phase.start, *phase.rest))
+        ]
         self.start, *self.rest = (x if isinstance(x, int) else jax.device_put(x, home) for x in own)
-        # Not `phase.program`, which maps over seeds and devices: this is what jax.jit alone makes of one update.
-        self.step = jax.jit(partial(phase.program.function, **{**phase.static, "length": 1}), donate_argnums=phase.program.donate)
+        # Not `phase.program`, which maps over seeds and devices: this is what jax.jit alone makes of one
+        # update.
+        self.step = jax.jit(
+            partial(phase.program.function, **{**phase.static, "length": 1}),
+            donate_argnums=phase.program.donated,
+        )
         self.run(8)  # compiles
 
     def run(self, calls: int, state=None, done: int = 0):
@@ -166,36 +200,41 @@ class Usual:
             state, metrics = self.run(64, state, done + calls)
             calls += 64
             if metrics["nonfinite_at"] >= 0:
-                raise FloatingPointError(f"{self.phase.name}, the usual way: diverged, so its speed means nothing")
+                raise FloatingPointError(
+                    f"{self.phase.name}, the usual way: diverged, so its speed means nothing"
+                )
         return calls * self.phase.updates / elapsed
 
 
 def rehearse(script: ModuleType, args: Args, hidden: int, num_seeds: int, **changes) -> dict[str, Phase]:
-    """Phase -> what the script's own `main` makes of it, compiled, for chunks of --updates."""
-    settings = {"num_envs": args.num_envs, "utd_ratio": 1 / args.num_envs, "policy_every": 1, "retrain_policy_every": 1} | changes
+    """Phase -> what the script's own `train` makes of it, compiled, for chunks of --updates."""
+    settings = {
+        "num_envs": args.num_envs,
+        "utd_ratio": 1 / args.num_envs,
+        "policy_every": 1,
+        "retrain_policy_every": 1,
+    } | changes
     per_step = round(settings["num_envs"] * settings["utd_ratio"])
     length = max(args.updates // num_seeds, 16)
     length = -(-length // settings["policy_every"]) * settings["policy_every"]  # blocks of updates are whole
     steps = -(-length // per_step)
     settings = {
-        "env": args.env, "num_seeds": num_seeds, "hidden": (hidden, hidden), "critic_hidden": (hidden, hidden), "buffer_size": args.rows,
-        "offline_steps": length, "online_steps": steps * settings["num_envs"], "retrain_steps": length, "random_steps": 0,
+        "env": args.env, "num_seeds": num_seeds, "hidden": (hidden, hidden), "critic_hidden": (hidden, hidden),
+        "buffer_size": args.rows,
+        "offline_steps": length, "online_steps": steps * settings["num_envs"], "retrain_steps": length,
+        "random_steps": 0,
         "learning_starts": 0, "eval_every": 10**9, "checkpoint_every": 10**9, **settings,
     }  # fmt: skip
     known = {field.name for kind in (script.Args, script.Hyper) for field in fields(kind)}
-    words = [f"{script.__name__}.py"]
-    for name, value in settings.items():
-        if name in known:
-            words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,))]
-    record = Rehearsal()
-    parts = {"Run": lambda *_: record, "Compiled": Kept, "Evaluator": lambda *_: None, "report": SimpleNamespace(conclude=lambda *_: None)}
-    with mock.patch.multiple(script, **parts), mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(io.StringIO()):
-        script.main()
+    settings = {name: value for name, value in settings.items() if name in known}
+    patches = mock.patch.object(script, "Session", Rehearsal), mock.patch.object(session, "Compiled", Kept)
+    with patches[0], patches[1], contextlib.redirect_stdout(io.StringIO()):
+        script.train(script.Args(**settings))
+    programs = {p.phase: p for p in Rehearsal.latest.programs if hasattr(p, "first")}
     online = {"online": (settings["num_envs"], per_step)}
     phases = {
         name: Phase(p, f"{script.__name__}, {name}", *online.get(name, (0, 1)))
-        for name, p in record.programs.items()
-        if hasattr(p, "first")
+        for name, p in programs.items()
     }
     for phase in phases.values():
         phase.check_that_it_learns()
@@ -208,7 +247,10 @@ def spread(rates: list[float]) -> dict:
 
 def compilation(phase: Phase) -> dict[str, float]:
     """Seconds by the clock, which others on the machine lengthen, and by the processor, on all its cores."""
-    return {"compile_seconds": phase.program.compile_seconds, "compile_cpu_seconds": phase.program.compile_cpu_seconds}
+    return {
+        "compile_seconds": phase.program.compile_seconds,
+        "compile_cpu_seconds": phase.program.compile_cpu_seconds,
+    }
 
 
 def measure(script: ModuleType, args: Args, hidden: int) -> list[dict]:
@@ -225,19 +267,27 @@ def measure(script: ModuleType, args: Args, hidden: int) -> list[dict]:
         for n in args.seeds:
             row = {"method": script.__name__.split(".")[-1], "phase": name, "hidden": hidden, "seeds": n}
             row |= {"length": ours[n][name].static["length"], "devices": ours[n][name].program.mesh.size}
-            row |= {"seed_updates_per_second": spread(rates[n]), "usual_seed_updates_per_second": spread(theirs)}
-            row |= {"ratio": max(rates[n]) / max(theirs), "ratio_of_medians": statistics.median(rates[n]) / statistics.median(theirs)}
+            row |= {
+                "seed_updates_per_second": spread(rates[n]),
+                "usual_seed_updates_per_second": spread(theirs),
+            }
+            row |= {
+                "ratio": max(rates[n]) / max(theirs),
+                "ratio_of_medians": statistics.median(rates[n]) / statistics.median(theirs),
+            }
             rows.append(row | compilation(ours[n][name]))
     return rows
 
 
 def takes_many(script: ModuleType) -> bool:
     """Whether the script makes many updates after each environment step, in blocks."""
-    return script.Args().utd_ratio >= MANY and hasattr(script.Args(), "policy_every")
+    return script.Args.utd_ratio >= MANY and hasattr(script.Args, "policy_every")
 
 
 def measure_many(script: ModuleType, args: Args, hidden: int) -> list[dict]:
-    """Online with one environment: updates per second at MANY per environment step, and at one, ours and the usual way."""
+    """Online with one environment: updates per second at MANY per environment step, and at one, ours and the
+    usual way.
+    """
     rows = []
     for n in args.seeds:
         rehearsed = partial(rehearse, script, args, hidden, n, num_envs=1, offline_steps=0, retrain_steps=0)
@@ -247,9 +297,16 @@ def measure_many(script: ModuleType, args: Args, hidden: int) -> list[dict]:
         for _ in range(args.repeats):
             for name, contestant in (("block", block), ("single", ones), ("usual", usual)):
                 rates[name].append(contestant.measure(args.seconds))
-        row = {"method": script.__name__.split(".")[-1], "hidden": hidden, "seeds": n, "updates_per_step": MANY}
+        row = {
+            "method": script.__name__.split(".")[-1],
+            "hidden": hidden,
+            "seeds": n,
+            "updates_per_step": MANY,
+        }
         row |= {f"{name}_seed_updates_per_second": spread(found) for name, found in rates.items()}
-        rows.append(row | {"cost_in_singles": MANY * max(rates["single"]) / max(rates["block"])} | compilation(block))
+        rows.append(
+            row | {"cost_in_singles": MANY * max(rates["single"]) / max(rates["block"])} | compilation(block)
+        )
     return rows
 
 
@@ -258,9 +315,24 @@ def show(console: Console, rows: list[dict]) -> None:
     for name in ("phase", "hidden", "seeds", "ours", "usual way", "ratio", "compile s", "of CPU time"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for i, row in enumerate(rows):
-        ours, theirs, compiling = row["seed_updates_per_second"], row["usual_seed_updates_per_second"], row["compile_seconds"]
-        cells = [row["phase"], row["hidden"], row["seeds"], f"{ours['best']:,.0f}", f"{theirs['best']:,.0f}", f"{row['ratio']:.2f}"]
-        late = f"{compiling:.1f}" if compiling <= COMPILE_LIMIT else f"[bold red]{compiling:.1f} > {COMPILE_LIMIT:g}[/]"
+        ours, theirs, compiling = (
+            row["seed_updates_per_second"],
+            row["usual_seed_updates_per_second"],
+            row["compile_seconds"],
+        )
+        cells = [
+            row["phase"],
+            row["hidden"],
+            row["seeds"],
+            f"{ours['best']:,.0f}",
+            f"{theirs['best']:,.0f}",
+            f"{row['ratio']:.2f}",
+        ]
+        late = (
+            f"{compiling:.1f}"
+            if compiling <= COMPILE_LIMIT
+            else f"[bold red]{compiling:.1f} > {COMPILE_LIMIT:g}[/]"
+        )
         table.add_row(
             *map(str, cells),
             late,
@@ -271,7 +343,9 @@ def show(console: Console, rows: list[dict]) -> None:
 
 
 def show_many(console: Console, rows: list[dict]) -> None:
-    table = Table(title=f"{rows[0]['method']}: updates/s online, one environment, {MANY} per step against single ones")
+    table = Table(
+        title=f"{rows[0]['method']}: updates/s online, one environment, {MANY} per step against single ones"
+    )
     for name in (
         "hidden",
         "seeds",
@@ -284,7 +358,9 @@ def show_many(console: Console, rows: list[dict]) -> None:
     ):
         table.add_column(name, justify="right")
     for row in rows:
-        rates = [f"{row[f'{name}_seed_updates_per_second']['best']:,.0f}" for name in ("block", "single", "usual")]
+        rates = [
+            f"{row[f'{name}_seed_updates_per_second']['best']:,.0f}" for name in ("block", "single", "usual")
+        ]
         costs = (f"{row[name]:.1f}" for name in ("cost_in_singles", "compile_seconds", "compile_cpu_seconds"))
         table.add_row(str(row["hidden"]), str(row["seeds"]), *rates, *costs)
     console.print(table)
@@ -300,10 +376,13 @@ def main() -> None:
     here, command = machine(), " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     device = f"{here['devices']} x {here['device']} ({here['backend']})"
     console.print(f"{device}; host {here['cpu']}, {here['cores']} cores; jax {here['jax']}", highlight=False)
-    result, failed = {"command": command, "settings": asdict(args), "machine": here, "rows": [], "many": []}, []
+    result, failed = (
+        {"command": command, "settings": asdict(args), "machine": here, "rows": [], "many": []},
+        [],
+    )
     for method in args.methods:
         try:
-            script = importlib.import_module(f"algos.{method}")
+            script = importlib.import_module(f"ooo_rl.algos.{method}")
             for hidden in args.hidden:
                 with console.status(f"{method}, {hidden} units"):
                     result["rows"] += (rows := measure(script, args, hidden))
@@ -318,7 +397,10 @@ def main() -> None:
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     slow = [row for row in result["rows"] + result["many"] if row["compile_seconds"] > COMPILE_LIMIT]
-    console.print(f"programs that took more than {COMPILE_LIMIT:g} s to compile: {len(slow)} of {len(result['rows'] + result['many'])}")
+    console.print(
+        f"programs that took more than {COMPILE_LIMIT:g} s to compile: {len(slow)} of "
+        f"{len(result['rows'] + result['many'])}"
+    )
     console.print(f"{command}: {time.perf_counter() - began:.0f} s", highlight=False)
     if failed:
         console.print(f"error: could not measure {', '.join(failed)}", markup=False)

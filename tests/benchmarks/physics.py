@@ -1,31 +1,38 @@
-"""How fast our environments step, with nothing learnt, against the bare engine and against Gymnasium, on whatever device JAX finds.
+"""How fast our environments step, with nothing learnt, against the bare engine and against Gymnasium, on
+whatever device JAX finds.
 
-One pass is `--length` steps of all worlds. Four contestants make it in turns, so that a machine that others use too treats them alike:
+One pass is `--length` steps of all worlds. Four contestants make it in turns, so that a machine that others
+use too treats them alike:
 
-==========  =============================================================================================================
-ours        one jitted scan of vmapped `envs.step_and_reset`, which draws the actions and starts fallen worlds anew
-Batch       `mujoco.batch.Batch`: one call of `frame_skip` steps per step of the environment, from Python, without JAX
+==========  ===========================================================================================
+ours        one jitted scan of vmapped `envs.step_and_reset`, which draws the actions and starts fallen
+            worlds anew
+Batch       `mujoco.batch.Batch`: one call of `frame_skip` steps per step of the environment, from
+            Python, without JAX
 rollout     `mujoco.rollout`: one call for `BLOCK` steps of the environment, on as many threads as Batch
-Gymnasium   its vector environment of the same task, `vectorization_mode="sync"`: one thread, at most `GYMNASIUM_WORLDS` worlds
-==========  =============================================================================================================
+Gymnasium   its vector environment of the same task, `vectorization_mode="sync"`: one thread, at most
+            `GYMNASIUM_WORLDS` worlds
+==========  ===========================================================================================
 
-An engine's speed depends on what it simulates: a body on the ground has more contacts than one that flies. So Batch plays after what
-ours played: it steps the same model (`env.model`, halved contact margins and all) from the same states, under the same random controls
-(drawn for every step, uniform over the actuators' range), and where a world of ours ended, it puts its own into the same new state. With
-the engine `mujoco` these are the very same simulations, and the column "same" has the share of worlds whose last positions agree to 1e-6;
-MJX rounds differently, so that its simulations depart from Batch's, but controls and restarts are shared. All start in motion,
-`--length` steps after a reset, and each pass starts there again. Draws and resets cost time in ours alone: Batch finds both done, hence
-ours / Batch is the share of the engine's speed that is left.
+An engine's speed depends on what it simulates: a body on the ground has more contacts than one that flies. So
+Batch plays after what ours played: it steps the same model (`env.model`, halved contact margins and all) from
+the same states, under the same random controls (drawn for every step, uniform over the actuators' range), and
+where a world of ours ended, it puts its own into the same new state. With the engine `mujoco` these are the
+very same simulations, and the column "same" has the share of worlds whose last positions agree to 1e-6; MJX
+rounds differently, so that its simulations depart from Batch's, but controls and restarts are shared. All
+start in motion, `--length` steps after a reset, and each pass starts there again. Draws and resets cost time
+in ours alone: Batch finds both done, hence ours / Batch is the share of the engine's speed that is left.
 
-The rollout cannot start worlds anew. It goes on from Batch's states after every block, so that a fallen body lies there for less than a
-block; of the hands' scenes it has one for all worlds. Gymnasium plays the same actions, starts worlds anew by its own rule, goes on from
-pass to pass, and has models of its own: AntMaze_Large-v4 makes as many MuJoCo steps per step as our AntMaze, but half as long ones and
-with stronger motors. Maze2D is computed without an engine; Batch and rollout there step the MuJoCo model of PointMaze_Large-v3, from its
-own starts.
+The rollout cannot start worlds anew. It goes on from Batch's states after every block, so that a fallen body
+lies there for less than a block; of the hands' scenes it has one for all worlds. Gymnasium plays the same
+actions, starts worlds anew by its own rule, goes on from pass to pass, and has models of its own:
+AntMaze_Large-v4 makes as many MuJoCo steps per step as our AntMaze, but half as long ones and with stronger
+motors. Maze2D is computed without an engine; Batch and rollout there step the MuJoCo model of
+PointMaze_Large-v3, from its own starts.
 
-MJX on a CPU takes up to a minute to compile for each shape, so there it is measured with `--mjx-worlds` alone. What would take longer
-than `--budget` is left out, or measured with a single pass, and the table says so. Compilation is not part of any rate, and no cache
-shortens it.
+MJX on a CPU takes up to a minute to compile for each shape, so there it is measured with `--mjx-worlds`
+alone. What would take longer than `--budget` is left out, or measured with a single pass, and the table says
+so. Compilation is not part of any rate, and no cache shortens it.
 
     python tests/benchmarks/physics.py --json out.json
     python tests/benchmarks/physics.py --envs antmaze-large-diverse --engines mujoco --worlds 64
@@ -58,15 +65,16 @@ from rich.console import Console
 from rich.table import Table
 from throughput import machine
 
-import envs
-from envs import gymnasium_eval
-from envs.physics import PhysicsTask, Scene
+from ooo_rl import envs
+from ooo_rl.envs import gymnasium_eval
+from ooo_rl.envs.physics_task import PhysicsTask, Scene
 
 ON_CPU = jax.default_backend() == "cpu"
 THEIRS = {  # the same task in Gymnasium
     "halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4",
     "antmaze-large-diverse": "AntMaze_Large-v4", "maze2d-large": "PointMaze_Large-v3",
-    "door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1", "relocate": "AdroitHandRelocate-v1",
+    "door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1",
+    "relocate": "AdroitHandRelocate-v1",
 }  # fmt: skip
 GYMNASIUM_WORLDS = 64
 BLOCK = 16  # steps of the environment in one call of mujoco.rollout
@@ -80,9 +88,13 @@ class Args:
     """Steps per second of our environments, against the bare engine and Gymnasium."""
 
     envs: tuple[str, ...] = tuple(THEIRS)
-    """names of environments (`envs.names()`); those that Gymnasium lacks are compared with the bare engine alone"""
-    engines: tuple[str, ...] = ("mujoco", "mjx") + (("mjx-warp",) if not ON_CPU and importlib.util.find_spec("warp") else ())
-    """engines behind our environments, or engine:model of a hand, such as mujoco:mjx; Maze2D has none and is measured once"""
+    """names of environments (`envs.names()`); those that Gymnasium lacks are compared with the bare engine
+    alone"""
+    engines: tuple[str, ...] = ("mujoco", "mjx") + (
+        ("mjx-warp",) if not ON_CPU and importlib.util.find_spec("warp") else ()
+    )
+    """engines behind our environments, or engine:model of a hand, such as mujoco:mjx; Maze2D has none and is
+    measured once"""
     worlds: tuple[int, ...] = (1, 8, 64, 256) if ON_CPU else (1, 8, 64, 256, 1024, 4096, 16384)
     """worlds side by side"""
     mjx_worlds: tuple[int, ...] | None = (8,) if ON_CPU else None
@@ -119,9 +131,10 @@ COMPILATIONS = Compilations()
 class Tape:
     """What ours did in one pass, for others to play after.
 
-    start: qpos, qvel and the solver's warm start of n worlds, each [n, .]; actions, controls [length, n, nu]; restarts: for each step,
-    None or (worlds [k], their new qpos [k, nq], their new qvel [k, nv], their new scenes [k, m]); final [n, nq]: qpos at the end, None
-    where no one can tell; scene, scenes [n, m]: in what the worlds' models differ at the start, of tasks where they do.
+    start: qpos, qvel and the solver's warm start of n worlds, each [n, .]; actions, controls [length, n, nu];
+    restarts: for each step, None or (worlds [k], their new qpos [k, nq], their new qvel [k, nv], their new
+    scenes [k, m]); final [n, nq]: qpos at the end, None where no one can tell; scene, scenes [n, m]: in what
+    the worlds' models differ at the start, of tasks where they do.
     """
 
     start: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -138,7 +151,9 @@ class Ours:
 
     def __init__(self, name: str, engine: str, worlds: int, length: int):
         physics, _, model = engine.partition(":")
-        self.env = envs.make(name, physics="auto" if engine == NO_ENGINE else physics, **({"model": model} if model else {}))
+        self.env = envs.make(
+            name, physics="auto" if engine == NO_ENGINE else physics, **({"model": model} if model else {})
+        )
         self.worlds, self.length, self.key = worlds, length, jax.random.PRNGKey(1)
         self.state = jax.jit(jax.vmap(self.env.reset))(jax.random.split(jax.random.PRNGKey(0), worlds))
         self.program, began = jax.jit(self._pass), time.perf_counter()
@@ -148,7 +163,9 @@ class Ours:
     def _draw(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step's actions [worlds, action_size], and the keys for what begins after it."""
         now, after = jax.random.split(key)
-        return jax.random.uniform(now, (self.worlds, self.env.action_size), minval=-1.0, maxval=1.0), jax.random.split(after, self.worlds)
+        return jax.random.uniform(
+            now, (self.worlds, self.env.action_size), minval=-1.0, maxval=1.0
+        ), jax.random.split(after, self.worlds)
 
     def _pass(self, state: envs.State, key: jax.Array) -> tuple[envs.State, tuple[jax.Array, dict]]:
         def step(state, key):
@@ -176,7 +193,9 @@ class Ours:
             which = np.flatnonzero(ended)
             if len(which):
                 new = begin(key)
-                restarts.append((which, *(part[which] for part in self._parts(new)[:2]), scenes_of(new, which)))
+                restarts.append(
+                    (which, *(part[which] for part in self._parts(new)[:2]), scenes_of(new, which))
+                )
             else:
                 restarts.append(None)
         controls = np.asarray(jax.jit(self.env.control)(actions), np.float64)
@@ -218,7 +237,9 @@ class BatchPlayer:
         for step, (controls, restart) in enumerate(zip(self.tape.controls, self.tape.restarts)):
             watch(step)
             self.ctrl[:] = controls
-            with contextlib.suppress(SimulationError):  # such a world stays what it was until it starts anew, as ours did
+            with contextlib.suppress(
+                SimulationError
+            ):  # such a world stays what it was until it starts anew, as ours did
                 self.batch.step(nstep=self.frame_skip)
             if restart is not None:
                 which, qpos, qvel, scenes = restart
@@ -237,7 +258,8 @@ class BatchPlayer:
 
 
 class RolloutPlayer:
-    """Plays a tape after with `mujoco.rollout`, block by block, from the states that a BatchPlayer was in; a call is one pass."""
+    """Plays a tape after with `mujoco.rollout`, block by block, from the states that a BatchPlayer was in; a
+    call is one pass."""
 
     def __init__(self, player: BatchPlayer):
         model, tape = player.batch.model, player.tape
@@ -252,7 +274,9 @@ class RolloutPlayer:
             if step % BLOCK == 0:
                 state = np.concatenate([player.time[:, None], player.qpos, player.qvel], axis=1)
                 controls = np.repeat(tape.controls[step : step + BLOCK], player.frame_skip, axis=0)
-                self.blocks.append((state, np.ascontiguousarray(controls.swapaxes(0, 1)), player.warmstart.copy()))
+                self.blocks.append(
+                    (state, np.ascontiguousarray(controls.swapaxes(0, 1)), player.warmstart.copy())
+                )
 
         player(watch)
 
@@ -263,7 +287,8 @@ class RolloutPlayer:
 
 @contextlib.contextmanager
 def quiet():
-    """No warnings about environments and XML files that are old on purpose, neither on the screen nor in a MUJOCO_LOG.TXT."""
+    """No warnings about environments and XML files that are old on purpose, neither on the screen nor in a
+    MUJOCO_LOG.TXT."""
     mujoco.set_mju_user_warning(lambda message: None)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -273,11 +298,14 @@ def quiet():
 
 
 class GymnasiumPlayer:
-    """Gymnasium's vector environment under the actions of a tape; a call is one pass, which goes on where the last one ended."""
+    """Gymnasium's vector environment under the actions of a tape; a call is one pass, which goes on where the
+    last one ended."""
 
     def __init__(self, env_id: str, tape: Tape):
         with quiet():
-            self.vector = gymnasium.make_vec(env_id, num_envs=tape.actions.shape[1], vectorization_mode="sync")
+            self.vector = gymnasium.make_vec(
+                env_id, num_envs=tape.actions.shape[1], vectorization_mode="sync"
+            )
         self.vector.reset(seed=0)
         self.actions = tape.actions
 
@@ -292,13 +320,19 @@ def point_mass(tape: Tape) -> tuple[mujoco.MjModel, int, Tape]:
         env = gymnasium.make(THEIRS["maze2d-large"])
     starts = np.stack([env.reset(seed=i)[0]["observation"] for i in range(tape.actions.shape[1])])
     inner = env.unwrapped.point_env
-    return inner.model, inner.frame_skip, replace(tape, start=(starts[:, :2], starts[:, 2:], np.zeros((len(starts), 2))))
+    return (
+        inner.model,
+        inner.frame_skip,
+        replace(tape, start=(starts[:, :2], starts[:, 2:], np.zeros((len(starts), 2)))),
+    )
 
 
 class Contest:
-    """All contestants of one environment at one number of worlds: the rates of those that run, the reasons of those that do not.
+    """All contestants of one environment at one number of worlds: the rates of those that run, the reasons of
+    those that do not.
 
-    `known` remembers what contestants needed at earlier numbers of worlds: name -> (worlds, seconds to set up, seconds of a pass).
+    `known` remembers what contestants needed at earlier numbers of worlds: name -> (worlds, seconds to set
+    up, seconds of a pass).
     """
 
     def __init__(self, args: Args, name: str, worlds: int, known: dict[str, tuple[int, float, float]]):
@@ -307,8 +341,14 @@ class Contest:
         self.rates: dict[str, list[float]] = {}
         self.reasons: dict[str, str] = {}
 
-    def enter(self, who: str, build: Callable[[], Callable], settle: Callable[[Any, Any], None] = lambda contestant, result: None):
-        """Builds a contestant, makes its first pass, and returns it; None if it cannot be built or would take too long.
+    def enter(
+        self,
+        who: str,
+        build: Callable[[], Callable],
+        settle: Callable[[Any, Any], None] = lambda contestant, result: None,
+    ):
+        """Builds a contestant, makes its first pass, and returns it; None if it cannot be built or would take
+        too long.
 
         `settle` gets it and the result of that pass, if more passes are to come.
         """
@@ -349,7 +389,8 @@ class Contest:
                 self.rates[who].append(count * self.args.length * self.worlds / elapsed)
 
     def summary(self, who: str) -> dict:
-        """Rates of one contestant, in steps of the environment per second, all worlds together; and what there is to say."""
+        """Rates of one contestant, in steps of the environment per second, all worlds together; and what
+        there is to say."""
         found = {"note": self.reasons.get(who, "")}
         if rates := self.rates.get(who):
             found |= {"best": max(rates), "median": statistics.median(rates), "all": rates}
@@ -382,7 +423,10 @@ def compare(args: Args, name: str, engines: tuple[str, ...], worlds: int, known:
     for engine in engines:
         row = {"env": name, "engine": engine, "worlds": worlds, "ours": contest.summary(engine)}
         if engine in ours:
-            row |= {"compile_seconds": ours[engine].compile_seconds, "recompilations": ours[engine].recompilations}
+            row |= {
+                "compile_seconds": ours[engine].compile_seconds,
+                "recompilations": ours[engine].recompilations,
+            }
             row["same"] = same if engine == leader and engine.partition(":")[0] == "mujoco" else None
         for who in RIVALS:
             row[who] = contest.summary(who)
@@ -403,7 +447,9 @@ def invite(contest: Contest, leader: Ours) -> float | None:
     else:
         bare = None
     if bare is None:
-        contest.reasons |= dict.fromkeys(("batch", "rollout"), "no MuJoCo model" if name != "maze2d-large" else NO_ROBOTICS)
+        contest.reasons |= dict.fromkeys(
+            ("batch", "rollout"), "no MuJoCo model" if name != "maze2d-large" else NO_ROBOTICS
+        )
     elif player := contest.enter("batch", lambda: BatchPlayer(*bare)):
         same = player.same()
         contest.enter("rollout", lambda: RolloutPlayer(player))
@@ -441,8 +487,17 @@ def show(console: Console, rows: list[dict]) -> None:
         table.add_column("ratio", justify="right")
     for i, row in enumerate(rows):
         ours = row["ours"]
-        cells = [f"{row['worlds']:,}", row["engine"], _rate(ours), f"{ours['median']:,.0f}" if "median" in ours else ""]
-        cells += [f"{row['compile_seconds']:.1f}", str(row["recompilations"])] if "compile_seconds" in row else ["", ""]
+        cells = [
+            f"{row['worlds']:,}",
+            row["engine"],
+            _rate(ours),
+            f"{ours['median']:,.0f}" if "median" in ours else "",
+        ]
+        cells += (
+            [f"{row['compile_seconds']:.1f}", str(row["recompilations"])]
+            if "compile_seconds" in row
+            else ["", ""]
+        )
         cells.append(f"{row['same']:.0%}" if row.get("same") is not None else "")
         for who in RIVALS:
             cells += [_rate(row[who]), f"{row[f'ours_per_{who}']:.2f}" if f"ours_per_{who}" in row else ""]
@@ -459,10 +514,16 @@ def _rate(summary: dict) -> str:
 def main() -> None:
     args, began = tyro.cli(Args), time.perf_counter()
     if args.smoke:
-        args = replace(args, envs=("halfcheetah",), engines=("mujoco",), worlds=(2,), length=20, seconds=0.02, repeats=2)
+        args = replace(
+            args, envs=("halfcheetah",), engines=("mujoco",), worlds=(2,), length=20, seconds=0.02, repeats=2
+        )
     unknown = [name for name in args.envs if name not in envs.names()]
     if unknown or min(args.worlds, default=0) < 1 or args.length < 1 or args.repeats < 1:
-        sys.exit(f"no such environment: {', '.join(unknown)}" if unknown else "worlds, length and repeats must be positive")
+        sys.exit(
+            f"no such environment: {', '.join(unknown)}"
+            if unknown
+            else "worlds, length and repeats must be positive"
+        )
     jax.config.update("jax_enable_compilation_cache", False)
     console = Console() if sys.stdout.isatty() else Console(width=180)
     here, command = machine() | versions(), " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
@@ -484,8 +545,9 @@ def main() -> None:
                 pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         show(console, rows)
     console.print(
-        f"Steps of the environment per second, all worlds together, best of {args.repeats}; ratio: ours to theirs. again: programs that "
-        "repeated passes compiled; same: worlds that Batch moved as ours.\n(one pass): --budget has no room for more.",
+        f"Steps of the environment per second, all worlds together, best of {args.repeats}; ratio: ours to "
+        "theirs. again: programs that repeated passes compiled; same: worlds that Batch moved as ours.\n"
+        "(one pass): --budget has no room for more.",
         highlight=False,
     )
     console.print(f"{command}: {time.perf_counter() - began:.0f} s", highlight=False)

@@ -1,10 +1,11 @@
-"""The baseline of the speed comparisons: IQL as people usually write it in JAX, one jitted update per Python step.
+"""The baseline of the speed comparisons: IQL as people usually write it in JAX, one jitted update per Python
+step.
 
-A NumPy replay buffer is sampled on the host and copied to the device for each update; environments are NumPy and live on
-the host; each action takes a call of a jitted policy; seeds run one after another. Nothing is slowed down on purpose: the
-update is one compiled program with its state donated, nothing is fetched from the device but actions, and compilation is
-not counted. Losses, networks, settings and the order V, actor, Q, target are those of IQL (arXiv 2110.06169) and
-of its official code.
+A NumPy replay buffer is sampled on the host and copied to the device for each update; environments are NumPy
+and live on the host; each action takes a call of a jitted policy; seeds run one after another. Nothing is
+slowed down on purpose: the update is one compiled program with its state donated, nothing is fetched from the
+device but actions, and compilation is not counted. Losses, networks, settings and the order V, actor, Q,
+target are those of IQL (arXiv 2110.06169) and of its official code.
 
     python tests/benchmarks/usual_way.py
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from envs.point_mass_wall import GOAL, HIGH, LOW, NOISE, START, STEP, WALL_BOTTOM, WALL_TOP, WALL_X
+from ooo_rl.envs.point_mass_wall import GOAL, HIGH, LOW, NOISE, START, STEP, WALL_BOTTOM, WALL_TOP, WALL_X
 
 BATCH, DISCOUNT, TARGET_RATE, EXPECTILE, TEMPERATURE = 256, 0.99, 0.005, 0.7, 3.0
 WARM_UP = 20  # steps before the clock starts, on every seed
@@ -53,7 +54,9 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, action):
-        twin = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
+        twin = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+        )
         return twin(self.hidden, 1)(jnp.concatenate([obs, action], axis=-1)).squeeze(-1)
 
 
@@ -68,7 +71,8 @@ class Agent(NamedTuple):
 
 
 class IQL:
-    """The networks of one size with their jitted `update` and `act`. All seeds share an instance, so they share its compilation."""
+    """The networks of one size with their jitted `update` and `act`. All seeds share an instance, so they
+    share its compilation."""
 
     def __init__(self, hidden: int, obs_size: int, action_size: int):
         self.obs_size, self.action_size = obs_size, action_size
@@ -79,9 +83,15 @@ class IQL:
     def init(self, seed: int) -> Agent:
         keys = jax.random.split(jax.random.key(seed), 3)
         obs, action = jnp.zeros((1, self.obs_size)), jnp.zeros((1, self.action_size))
-        actor, critic, value = self.actor.init(keys[0], obs), self.critic.init(keys[1], obs, action), self.value.init(keys[2], obs)
+        actor, critic, value = (
+            self.actor.init(keys[0], obs),
+            self.critic.init(keys[1], obs, action),
+            self.value.init(keys[2], obs),
+        )
         target = jax.tree.map(jnp.copy, critic)  # a buffer of its own, or the donation of both would fail
-        return Agent(actor, critic, value, target, OPTIMIZER.init(actor), OPTIMIZER.init(critic), OPTIMIZER.init(value))
+        return Agent(
+            actor, critic, value, target, OPTIMIZER.init(actor), OPTIMIZER.init(critic), OPTIMIZER.init(value)
+        )
 
     def _act(self, actor, obs, key):
         """Sampled actions and the next key: splitting here spares the host a dispatch per step."""
@@ -106,7 +116,9 @@ class IQL:
             return -(weight * log_prob).mean()
 
         actor, actor_opt = _descend(actor_loss, agent.actor, agent.actor_opt)
-        target_q = batch["reward"] + DISCOUNT * batch["discount"] * self.value.apply(value, batch["next_obs"]).squeeze(-1)
+        target_q = batch["reward"] + DISCOUNT * batch["discount"] * self.value.apply(
+            value, batch["next_obs"]
+        ).squeeze(-1)
 
         def critic_loss(params):
             return ((self.critic.apply(params, obs, action) - target_q) ** 2).mean(axis=-1).sum()
@@ -145,7 +157,8 @@ class ReplayBuffer:
 
 
 class HostPointMass:
-    """`envs.point_mass_wall.PointMassWall` with its default settings, on the host in NumPy, one at a time."""
+    """`ooo_rl.envs.point_mass_wall.PointMassWall` with its default settings, on the host in NumPy, one at a
+    time."""
 
     horizon, goal_radius = 150, 0.05
 
@@ -173,10 +186,14 @@ class HostPointMass:
         return WALL_BOTTOM <= y + (WALL_X - x) / (new_x - x) * (new_y - y) <= WALL_TOP
 
 
-def measure_offline(hidden: int, num_seeds: int, obs_size: int, action_size: int, num_updates: int, num_rows: int = 100_000) -> dict:
-    """Offline training of `num_seeds` seeds one after another, `num_updates` each, on random data of `num_rows` rows.
+def measure_offline(
+    hidden: int, num_seeds: int, obs_size: int, action_size: int, num_updates: int, num_rows: int = 100_000
+) -> dict:
+    """Offline training of `num_seeds` seeds one after another, `num_updates` each, on random data of
+    `num_rows` rows.
 
-    Returns seed_updates_per_second (updates of all seeds over seconds), seconds, compile_seconds (not part of seconds).
+    Returns seed_updates_per_second (updates of all seeds over seconds), seconds, compile_seconds (not part of
+    seconds).
     """
     iql, rng = IQL(hidden, obs_size, action_size), np.random.default_rng(0)
     buffer = ReplayBuffer(num_rows, obs_size, action_size, seed=0)
@@ -196,19 +213,28 @@ def measure_offline(hidden: int, num_seeds: int, obs_size: int, action_size: int
         begun = time.perf_counter()
         run(agent, num_updates)
         seconds += time.perf_counter() - begun
-    return {"seed_updates_per_second": num_seeds * num_updates / seconds, "seconds": seconds, "compile_seconds": compile_seconds}
+    return {
+        "seed_updates_per_second": num_seeds * num_updates / seconds,
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+    }
 
 
-def measure_online(hidden: int, num_seeds: int, num_envs: int, num_steps: int, utd_ratio: float = 1.0) -> dict:
-    """Online training on the point mass: `num_seeds` seeds one after another, `num_steps` environment steps each.
+def measure_online(
+    hidden: int, num_seeds: int, num_envs: int, num_steps: int, utd_ratio: float = 1.0
+) -> dict:
+    """Online training on the point mass: `num_seeds` seeds one after another, `num_steps` environment steps
+    each.
 
-    A seed's `num_envs` environments are stepped in a Python loop; their actions come from one call of the policy. Then follow
-    num_envs x utd_ratio updates. Usual is num_envs=1. Rates are over the wall time of everything, so that both describe the same run:
-    returns env_steps_per_second, seed_updates_per_second, seconds, compile_seconds (not part of seconds).
+    A seed's `num_envs` environments are stepped in a Python loop; their actions come from one call of the
+    policy. Then follow num_envs x utd_ratio updates. Usual is num_envs=1. Rates are over the wall time of
+    everything, so that both describe the same run: returns env_steps_per_second, seed_updates_per_second,
+    seconds, compile_seconds (not part of seconds).
     """
     updates = num_envs * utd_ratio
     if num_steps % num_envs or updates != int(updates):
-        raise ValueError(f"num_steps must be a multiple of num_envs, and num_envs x utd_ratio whole: {num_steps}, {num_envs}, {utd_ratio}")
+        given = f"{num_steps}, {num_envs}, {utd_ratio}"
+        raise ValueError(f"num_steps must be a multiple of num_envs, and num_envs x utd_ratio whole: {given}")
     iql = IQL(hidden, obs_size=2, action_size=2)
     rounds, seconds = num_steps // num_envs, 0.0
     blank = ReplayBuffer(1, 2, 2, seed=0)
@@ -244,7 +270,13 @@ class _OnlineLoop:
             action = np.asarray(action)
             for i, env in enumerate(self.envs):
                 next_obs, reward, terminated, truncated = env.step(action[i])
-                self.buffer.add(obs=self.obs[i], action=action[i], reward=reward, next_obs=next_obs, discount=1.0 - terminated)
+                self.buffer.add(
+                    obs=self.obs[i],
+                    action=action[i],
+                    reward=reward,
+                    next_obs=next_obs,
+                    discount=1.0 - terminated,
+                )
                 self.obs[i] = env.reset() if terminated or truncated else next_obs
             for _ in range(self.updates):
                 self.agent = self.iql.update(self.agent, self.buffer.sample(BATCH))
@@ -264,11 +296,12 @@ def _compile_seconds(iql: IQL, buffer: ReplayBuffer, num_envs: int = 0) -> float
 def iql_flops(hidden: int, obs_size: int, action_size: int, batch: int = BATCH) -> float:
     """Floating-point operations of the matrix products that one IQL update of one seed cannot do without.
 
-    A product of [b, i] and [i, o] counts 2 b i o. All networks have two hidden layers. Counted are
-    the twin target Q forward on (s, a); V forward and backward on s; the updated V forward on s, for the policy's weights, and on s', for
-    the targets; the policy forward and backward; and the twin Q forward and backward. A backward pass has one product per layer for the
-    gradient of its weights and one for the gradient of its input, except in the first layer, whose input is data.
-    Element-wise work, Adam and the target update are left out: so the share of the ceiling that follows from this is a lower bound.
+    A product of [b, i] and [i, o] counts 2 b i o. All networks have two hidden layers. Counted are the twin
+    target Q forward on (s, a); V forward and backward on s; the updated V forward on s, for the policy's
+    weights, and on s', for the targets; the policy forward and backward; and the twin Q forward and backward.
+    A backward pass has one product per layer for the gradient of its weights and one for the gradient of its
+    input, except in the first layer, whose input is data. Element-wise work, Adam and the target update are
+    left out: so the share of the ceiling that follows from this is a lower bound.
     """
 
     def forward(inputs: int, outputs: int) -> float:
@@ -284,7 +317,8 @@ def iql_flops(hidden: int, obs_size: int, action_size: int, batch: int = BATCH) 
 
 
 def matmul_ceiling(hidden: int, batch: int = BATCH, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest float32 matrix product that XLA does on this machine: best of `repeats` and of two shapes.
+    """FLOP/s of the fastest float32 matrix product that XLA does on this machine: best of `repeats` and of
+    two shapes.
 
     The shapes are [size, size] x [size, size], and the one that IQL has, [batch, hidden] x [hidden, hidden].
     On NVIDIA GPUs, JAX's default precision for float32 is TF32; that is what the updates run in too.
@@ -292,8 +326,13 @@ def matmul_ceiling(hidden: int, batch: int = BATCH, size: int = 2048, repeats: i
     best = 0.0
     for rows, columns in ((size, size), (batch, hidden)):
         key = jax.random.key(0)
-        x, w = jax.random.normal(key, (rows, columns)), jax.random.normal(key, (columns, columns)) / columns**0.5
-        chain = max(1, int(1e10 / (2 * rows * columns**2)))  # products per call, long enough for dispatch not to count
+        x, w = (
+            jax.random.normal(key, (rows, columns)),
+            jax.random.normal(key, (columns, columns)) / columns**0.5,
+        )
+        chain = max(
+            1, int(1e10 / (2 * rows * columns**2))
+        )  # products per call, long enough for dispatch not to count
         product = jax.jit(lambda x, w, chain=chain: jax.lax.fori_loop(0, chain, lambda _, x: x @ w, x))
         jax.block_until_ready(product(x, w))
         for _ in range(repeats):
@@ -305,11 +344,14 @@ def matmul_ceiling(hidden: int, batch: int = BATCH, size: int = 2048, repeats: i
 
 if __name__ == "__main__":
     for hidden, obs_size, action_size in ((64, 2, 2), (256, 17, 6)):
-        offline = measure_offline(hidden, num_seeds=2, obs_size=obs_size, action_size=action_size, num_updates=1000)
+        offline = measure_offline(
+            hidden, num_seeds=2, obs_size=obs_size, action_size=action_size, num_updates=1000
+        )
         ceiling, flops = matmul_ceiling(hidden), iql_flops(hidden, obs_size, action_size)
         share = offline["seed_updates_per_second"] * flops / ceiling
         print(f"offline, hidden {hidden}, obs {obs_size}, act {action_size}: {offline}")
-        print(f"  {flops / 1e6:.1f} MFLOP per update, ceiling {ceiling / 1e9:.1f} GFLOP/s, share of it {share:.1%}")
+        most = f"ceiling {ceiling / 1e9:.1f} GFLOP/s, share of it {share:.1%}"
+        print(f"  {flops / 1e6:.1f} MFLOP per update, {most}")
     for num_envs, utd_ratio in ((1, 1.0), (8, 0.125)):
         online = measure_online(64, num_seeds=2, num_envs=num_envs, num_steps=2000, utd_ratio=utd_ratio)
         print(f"online, hidden 64, {num_envs} environments, {utd_ratio} updates per step: {online}")

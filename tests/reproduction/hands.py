@@ -1,11 +1,13 @@
-"""Whether the real experts of the four hands (DAPG) earn in our environments what they earn in gymnasium-robotics.
+"""Whether the real experts of the four hands (DAPG) earn in our environments what they earn in
+gymnasium-robotics.
 
     python tests/reproduction/hands.py --policies ../shared/datasets/raw/dapg_policies --json hands.json
 
-Each policy plays `--episodes` episodes with its mean action and with sampled ones, in gymnasium-robotics (rewards' sign mended, the pen
-ending when it drops or after 100 steps) and in ours, on each of `--engines`, an engine and a model such as mujoco:shipped. Success is
-DAPG's: more than 25 successful steps in an episode (pen: 20). Returns depend on where an episode begins, and each side draws its own
-starts; with `--same-starts` gymnasium-robotics takes ours, and D4RL's contact margins, so that episodes compare one by one:
+Each policy plays `--episodes` episodes with its mean action and with sampled ones, in gymnasium-robotics
+(rewards' sign mended, the pen ending when it drops or after 100 steps) and in ours, on each of `--engines`,
+an engine and a model such as mujoco:shipped. Success is DAPG's: more than 25 successful steps in an episode
+(pen: 20). Returns depend on where an episode begins, and each side draws its own starts; with `--same-starts`
+gymnasium-robotics takes ours, and D4RL's contact margins, so that episodes compare one by one:
 
     python tests/reproduction/hands.py --same-starts --modes mean --engines mujoco:d4rl
 """
@@ -23,12 +25,17 @@ import numpy as np
 import parity
 import tyro
 
-import envs
-from data import policy
-from envs import gymnasium_eval
+from ooo_rl import envs
+from ooo_rl.data import policy
+from ooo_rl.envs import gymnasium_eval
 
 FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "datasets" / "raw" / "dapg_policies"
-IDS = {"door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1", "relocate": "AdroitHandRelocate-v1"}
+IDS = {
+    "door": "AdroitHandDoor-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "pen": "AdroitHandPen-v1",
+    "relocate": "AdroitHandRelocate-v1",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,12 @@ def ours(task: str, engine: str, actor: dict, mode: str, args: Args) -> dict[str
         state, alive = carry
         noise = None if mode == "mean" else jax.random.normal(key, (args.episodes, env.action_size))
         reached = jax.vmap(env.step)(state, policy.forward(actor, state.obs, noise, jnp))
-        seen = alive * reached.reward, alive * reached.metrics["success"], alive, alive * reached.info["broken"]
+        seen = (
+            alive * reached.reward,
+            alive * reached.metrics["success"],
+            alive,
+            alive * reached.info["broken"],
+        )
         return (reached, alive * (1 - reached.done)), seen
 
     @jax.jit
@@ -86,7 +98,9 @@ def theirs(task: str, actor: dict, mode: str, args: Args) -> dict[str, np.ndarra
             obs, _ = env.reset(seed=1000 + episode)
             total = np.zeros(3)
             for _ in range(100 if task == "pen" else 200):
-                obs, reward, *_, info = env.step(np.clip(policy.act(actor, obs, None if mode == "mean" else rng), -1, 1))
+                obs, reward, *_, info = env.step(
+                    np.clip(policy.act(actor, obs, None if mode == "mean" else rng), -1, 1)
+                )
                 total += reward + correction(obs), bool(info["success"]), 1
                 if body is not None and env.unwrapped.data.xpos[body][2] < 0.075:
                     break
@@ -96,7 +110,12 @@ def theirs(task: str, actor: dict, mode: str, args: Args) -> dict[str, np.ndarra
 
 def theirs_from_our_starts(task: str, actor: dict, mode: str, args: Args) -> dict[str, np.ndarray]:
     """The same in gymnasium-robotics with D4RL's margins, episode by episode from the starts of `ours`."""
-    rng, found, robotics, start = np.random.default_rng(args.seed), [], parity.RoboticsHand(task), envs.make(task, "mujoco").start
+    rng, found, robotics, start = (
+        np.random.default_rng(args.seed),
+        [],
+        parity.RoboticsHand(task),
+        envs.make(task, "mujoco").start,
+    )
     keys = jax.random.split(jax.random.split(jax.random.PRNGKey(args.seed))[0], args.episodes)
     begun = jax.tree.map(np.asarray, jax.jit(jax.vmap(start))(keys))
     for episode in range(args.episodes):
@@ -104,7 +123,9 @@ def theirs_from_our_starts(task: str, actor: dict, mode: str, args: Args) -> dic
         robotics.put(np.float64(first.qpos), np.float64(first.qvel), parity.goal_of(first))
         obs, total, ended = robotics.env._get_obs(), np.zeros(3), False
         while not ended and total[2] < (100 if task == "pen" else 200):
-            obs, reward, ended = robotics.step(np.clip(policy.act(actor, obs, None if mode == "mean" else rng), -1, 1))
+            obs, reward, ended = robotics.step(
+                np.clip(policy.act(actor, obs, None if mode == "mean" else rng), -1, 1)
+            )
             total += reward, robotics.success, 1
         found.append(total)
     return dict(zip(("return", "successes", "length"), np.array(found).T))
@@ -114,10 +135,14 @@ def summary(task: str, played: dict[str, np.ndarray]) -> dict:
     n = len(played["return"])
     held = played["successes"] > (20 if task == "pen" else 25)
     return {
-        "return": float(played["return"].mean()), "return_error": float(played["return"].std(ddof=1) / n**0.5),
-        "success": float(held.mean()), "any_success": float((played["successes"] > 0).mean()), "length": float(played["length"].mean()),
-        "dropped": float((played["length"] < played["length"].max()).mean()), "broken": float(played.get("broken", np.zeros(1)).sum()),
-    }  # fmt: skip
+        "return": float(played["return"].mean()),
+        "return_error": float(played["return"].std(ddof=1) / n**0.5),
+        "success": float(held.mean()),
+        "any_success": float((played["successes"] > 0).mean()),
+        "length": float(played["length"].mean()),
+        "dropped": float((played["length"] < played["length"].max()).mean()),
+        "broken": float(played.get("broken", np.zeros(1)).sum()),
+    }
 
 
 def main() -> None:
@@ -128,8 +153,18 @@ def main() -> None:
             base, reference = None, theirs_from_our_starts if args.same_starts else theirs
             for engine in (("gymnasium",) if args.gymnasium else ()) + args.engines:
                 began = time.perf_counter()
-                played = reference(task, actor, mode, args) if engine == "gymnasium" else ours(task, engine, actor, mode, args)
-                row = {"task": task, "mode": mode, "engine": engine, "episodes": args.episodes, **summary(task, played)}
+                played = (
+                    reference(task, actor, mode, args)
+                    if engine == "gymnasium"
+                    else ours(task, engine, actor, mode, args)
+                )
+                row = {
+                    "task": task,
+                    "mode": mode,
+                    "engine": engine,
+                    "episodes": args.episodes,
+                    **summary(task, played),
+                }
                 if engine == "gymnasium":
                     base = {**row, "each": played["return"]}
                 elif base and args.same_starts:
@@ -142,12 +177,16 @@ def main() -> None:
                 rows.append(row)
                 apart = f"{row['standard_errors']:+5.1f} s.e." if "standard_errors" in row else ""
                 if "median_difference" in row:
-                    apart = f"differ by {row['median_difference']:.0e} (median), {row['largest_difference']:.0e} (most)"
+                    middle, most = row["median_difference"], row["largest_difference"]
+                    apart = f"differ by {middle:.0e} (median), {most:.0e} (most)"
                 earned = f"return {row['return']:9.1f} ± {row['return_error']:6.1f}  {apart:>10}"
-                shares = f"success {row['success']:4.0%}  any {row['any_success']:4.0%}  dropped {row['dropped']:4.0%}"
-                print(f"{task:9} {mode:8} {engine:15} {earned}  {shares}  {row['broken']:.0f} broken  {row['seconds']:.0f} s", flush=True)
+                shares = f"success {row['success']:4.0%}  any {row['any_success']:4.0%}"
+                shares += f"  dropped {row['dropped']:4.0%}"
+                end = f"{row['broken']:.0f} broken  {row['seconds']:.0f} s"
+                print(f"{task:9} {mode:8} {engine:15} {earned}  {shares}  {end}", flush=True)
                 if args.json:
-                    pathlib.Path(args.json).write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+                    content = {"command": " ".join(sys.argv), "rows": rows}
+                    pathlib.Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""How far each engine's environments are from the benchmark's own, transition by transition and over whole trajectories.
+"""How far each engine's environments are from the benchmark's own, transition by transition and over whole
+trajectories.
 
     python tests/reproduction/parity.py --precision 64 --json parity64.json
     python tests/reproduction/parity.py --precision 32 --engines mujoco mjx --json parity32.json
 
-The reference is C MuJoCo behind code that is not ours: Gymnasium's v4 tasks, gymnasium-robotics' AntMaze and hands (with D4RL's sign
-in the reward and end of the pen), and for D4RL's AntMaze an XML text put together here. Its contact margins are halved, as ours are
-(docs/locomotion.md says why); on MJX, the hands are edited further (docs/adroit.md), and compared with our C engine on that model.
-States are those that random actions lead to, and expert ones where policies are given; from each, both take one step with the same action.
+The reference is C MuJoCo behind code that is not ours: Gymnasium's v4 tasks, gymnasium-robotics' AntMaze and
+hands (with D4RL's sign in the reward and end of the pen), and for D4RL's AntMaze an XML text put together
+here. Its contact margins are halved, as ours are (docs/locomotion.md says why); on MJX, the hands are edited
+further (docs/adroit.md), and compared with our C engine on that model. States are those that random actions
+lead to, and expert ones where policies are given; from each, both take one step with the same action.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -23,7 +26,12 @@ import tyro
 FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "policies"
 EXPERTS = {"halfcheetah": "dlr_tqc", "hopper": "cs285_expert", "walker2d": "cs285_expert", "ant": "dlr_trpo"}
 IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-HAND_IDS = {"door": "AdroitHandDoor-v1", "hammer": "AdroitHandHammer-v1", "pen": "AdroitHandPen-v1", "relocate": "AdroitHandRelocate-v1"}
+HAND_IDS = {
+    "door": "AdroitHandDoor-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "pen": "AdroitHandPen-v1",
+    "relocate": "AdroitHandRelocate-v1",
+}
 MAZE_IDS = {"umaze": "AntMaze_UMaze-v4", "medium": "AntMaze_Medium-v4", "large": "AntMaze_Large-v4"}
 EVERY = (
     *IDS,
@@ -79,7 +87,8 @@ class GymBody:
 
 
 class GymSparse(GymBody):
-    """The sparse tasks by their definition (LOGO, OOO): 1 if the root is more than `threshold` ahead of where the episode began."""
+    """The sparse tasks by their definition (LOGO, OOO): 1 if the root is more than `threshold` ahead of where
+    the episode began."""
 
     def __init__(self, env_id: str, threshold: float, shows_x: bool):
         super().__init__(env_id)
@@ -92,7 +101,11 @@ class GymSparse(GymBody):
     def step(self, action):
         obs, *_ = super().step(action)
         x = self.data.body("torso").xpos[0] if self.shows_x else self.data.qpos[0]
-        return np.concatenate([self.data.qpos[:1], obs]) if self.shows_x else obs, float(x - self.origin > self.threshold), False
+        return (
+            np.concatenate([self.data.qpos[:1], obs]) if self.shows_x else obs,
+            float(x - self.origin > self.threshold),
+            False,
+        )
 
 
 class RoboticsMaze(GymBody):
@@ -103,7 +116,9 @@ class RoboticsMaze(GymBody):
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
-        self.maze = gymnasium.make(env_id, continuing_task=False, reward_type="sparse", disable_env_checker=True).unwrapped
+        self.maze = gymnasium.make(
+            env_id, continuing_task=False, reward_type="sparse", disable_env_checker=True
+        ).unwrapped
         self.maze.reset(seed=0)
         self.env = self.maze.ant_env
         self.model, self.data = self.env.model, self.env.data
@@ -125,19 +140,24 @@ class RoboticsHand(GymBody):
         import gymnasium
         import gymnasium_robotics
 
-        from envs import gymnasium_eval
+        from ooo_rl.envs import gymnasium_eval
 
         gymnasium.register_envs(gymnasium_robotics)
         task, _, self.binary = name.partition("-")
         self.env = gymnasium.make(HAND_IDS[task], disable_env_checker=True).unwrapped
         self.model, self.data = self.env.model, self.env.data
-        self.model.geom_margin[:] = 0.00025  # each pair has 0.5 mm, as before MuJoCo 3.5, the board's pairs too
+        self.model.geom_margin[:] = (
+            0.00025  # each pair has 0.5 mm, as before MuJoCo 3.5, the board's pairs too
+        )
         self.env.reset(seed=0)  # measures the pen
         self.fixtures = {
             "door": [self.model.body_pos[self.model.body("frame").id]] if task == "door" else [],
             "hammer": [self.model.body_pos[self.model.body("nail_board").id]] if task == "hammer" else [],
             "pen": [self.model.body_quat[self.model.body("target").id]] if task == "pen" else [],
-            "relocate": [self.model.body_pos[self.model.body("Object").id], self.model.site_pos[self.model.site("target").id]]
+            "relocate": [
+                self.model.body_pos[self.model.body("Object").id],
+                self.model.site_pos[self.model.site("target").id],
+            ]
             if task == "relocate"
             else [],
         }[task]
@@ -158,10 +178,11 @@ class RoboticsHand(GymBody):
 
 
 class OurC:
-    """Our own environment on the C engine with the model that MJX is given: the engines differ, and nothing else."""
+    """Our own environment on the C engine with the model that MJX is given: the engines differ, and nothing
+    else."""
 
     def __init__(self, name: str):
-        import envs
+        from ooo_rl import envs
 
         self.env, self.model = envs.make(name, "mujoco", model="mjx"), None
         self.begin, self.advance = jax.jit(self.env.reset_to), jax.jit(self.env.step)
@@ -171,11 +192,12 @@ class OurC:
 
     def step(self, action):
         self.state = self.advance(self.state, action)
-        return np.asarray(self.state.obs, np.float64), float(self.state.reward), bool(self.state.info["termination"])
+        obs, ended = np.asarray(self.state.obs, np.float64), bool(self.state.info["termination"])
+        return obs, float(self.state.reward), ended
 
 
 class D4RLMaze:
-    """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell (#)."""
+    """D4RL's AntMaze from text: Gymnasium's ant.xml with D4RL's numbers, and a box for every wall cell."""
 
     def __init__(self, maze: tuple[str, ...]):
         import gymnasium
@@ -187,7 +209,11 @@ class D4RLMaze:
             .replace('gear="150"', 'gear="1"')
             .replace('ctrlrange="-1.0 1.0"', 'ctrlrange="-30 30"')
         )
-        text = re.sub(r'(<geom conaffinity="0" [^>]*)margin="0.01"', r'\1margin="0.005" solref=".02 1" solimp=".8 .8 .01"', text)
+        text = re.sub(
+            r'(<geom conaffinity="0" [^>]*)margin="0.01"',
+            r'\1margin="0.005" solref=".02 1" solimp=".8 .8 .01"',
+            text,
+        )
         boxes = "".join(
             f'<geom type="box" pos="{4 * (c - 1)} {4 * (r - 1)} 1" size="2 2 1" contype="1" conaffinity="1"/>'
             for r, row in enumerate(maze) for c, mark in enumerate(row) if mark == "#"
@@ -209,7 +235,7 @@ class D4RLMaze:
 
 def reference(name: str, engine: str = "mujoco"):
     """The benchmark's own environment for one of ours."""
-    from envs.antmaze import MAZES
+    from ooo_rl.envs.antmaze import MAZES
 
     if name in IDS:
         return GymBody(IDS[name])
@@ -223,11 +249,12 @@ def reference(name: str, engine: str = "mujoco"):
 
 
 def sample_states(name: str, args: Args) -> list[tuple]:
-    """(qpos, qvel, goal, action) on the way of random and expert actions, with a new start after an episode's end or 200 steps."""
-    from data import policy
+    """(qpos, qvel, goal, action) on the way of random and expert actions, with a new start after an episode's
+    end or 200 steps."""
+    from ooo_rl.data import policy
 
     rng, ours, theirs = np.random.default_rng(args.seed), make(name, "mujoco"), reference(name)
-    start, body = jax.jit(ours.start), name.split("-")[0]
+    start, body = starter(name, "mujoco"), name.split("-")[0]
     file = args.policies / body / f"{EXPERTS.get(body, 'none')}.npz"
     actors = [None] + ([policy.load(file)] if file.is_file() and not name.endswith("sparse") else [])
     states, touching = [], 0
@@ -243,7 +270,11 @@ def sample_states(name: str, args: Args) -> list[tuple]:
                     qpos[:2] += rng.uniform(-1.5, 1.5, 2)
                 theirs.put(qpos, np.asarray(body_state.qvel, np.float64), goal)
                 obs = None
-            action = rng.uniform(-1, 1, ours.action_size) if actor is None or obs is None else policy.act(actor, obs, rng)
+            action = (
+                rng.uniform(-1, 1, ours.action_size)
+                if actor is None or obs is None
+                else policy.act(actor, obs, rng)
+            )
             action = np.float64(np.float32(np.clip(action, -1, 1)))
             qpos, qvel = (np.float64(np.float32(x)) for x in (theirs.data.qpos, theirs.data.qvel))
             if age % 4 == 3:
@@ -265,14 +296,22 @@ def goal_of(inner) -> np.ndarray:
     return np.zeros(2) if drawn is None else np.asarray(drawn, np.float64)
 
 
+@functools.cache
 def make(name: str, physics: str):
-    import envs
+    from ooo_rl import envs
 
     return envs.make(name, physics)
 
 
+@functools.cache
+def starter(name: str, physics: str):
+    """The compiled `start` of one of our environments."""
+    return jax.jit(make(name, physics).start)
+
+
 def one_steps(name: str, engine: str, states: list[tuple]) -> tuple[np.ndarray, ...]:
-    """What our environment makes of each state: obs [N, obs], reward [N], termination [N], and the seconds that compiling took."""
+    """What our environment makes of each state: obs [N, obs], reward [N], termination [N], and the seconds
+    that compiling took."""
     env = make(name, engine)
     qpos, qvel, goal, action = (np.stack(column) for column in zip(*states))
 
@@ -301,10 +340,13 @@ def measure(name: str, args: Args) -> list[dict]:
         obs, reward, ended = (np.array(column, np.float64) for column in zip(*wanted))
         got_obs, got_reward, got_ended, seconds = one_steps(name, engine, states)
         errors = {"obs": np.abs(got_obs - obs).max(axis=1), "reward": np.abs(got_reward - reward)}
-        row = {"env": name, "engine": engine, "precision": args.precision, "states": len(states), "compile_seconds": seconds}
-        for field_name, error in errors.items():
-            row |= {f"{field_name}_{key}": float(np.quantile(error, q)) for key, q in (("median", 0.5), ("p99", 0.99), ("max", 1.0))}
-        row["terminations"] = f"{int(got_ended.sum())}/{int(ended.sum())}, {int((got_ended != ended).sum())} differ"
+        row = {"env": name, "engine": engine, "precision": args.precision}
+        row |= {"states": len(states), "compile_seconds": seconds}
+        quantiles = (("median", 0.5), ("p99", 0.99), ("max", 1.0))
+        for what, error in errors.items():
+            row |= {f"{what}_{key}": float(np.quantile(error, q)) for key, q in quantiles}
+        differ = int((got_ended != ended).sum())
+        row["terminations"] = f"{int(got_ended.sum())}/{int(ended.sum())}, {differ} differ"
         if args.horizon:
             row["diverged"] = diverged(name, engine, args)
         rows.append(row)
@@ -312,9 +354,12 @@ def measure(name: str, args: Args) -> list[dict]:
 
 
 def diverged(name: str, engine: str, args: Args) -> dict:
-    """Largest observation error after 10, 100, 1000 steps of one action sequence; "perturbed" is C against C started 1e-7 apart."""
+    """Largest observation error after 10, 100, 1000 steps of one action sequence.
+
+    "perturbed" is C against C that started 1e-7 apart.
+    """
     rng, env, theirs = np.random.default_rng(args.seed + 1), make(name, engine), reference(name, engine)
-    inner = jax.jit(env.start)(jax.random.PRNGKey(args.seed))
+    inner = starter(name, engine)(jax.random.PRNGKey(args.seed))
     body = getattr(inner, "body", inner)
     qpos, qvel = np.asarray(body.qpos, np.float64), np.asarray(body.qvel, np.float64)
     goal = goal_of(inner)
@@ -326,7 +371,9 @@ def diverged(name: str, engine: str, args: Args) -> dict:
 
     exact, perturbed = trajectory(qpos), trajectory(qpos * (1 + 1e-7) + (0 if qpos.any() else 1e-7))
     # Terminations are ignored on both sides: bodies that fell go on falling.
-    run = jax.jit(lambda state, actions: jax.lax.scan(lambda s, a: ((t := env.step(s, a)), t.obs), state, actions)[1])
+    run = jax.jit(
+        lambda state, actions: jax.lax.scan(lambda s, a: ((t := env.step(s, a)), t.obs), state, actions)[1]
+    )
     dtype = jax.numpy.zeros(()).dtype
     ours = np.asarray(run(env.begin(inner), actions.astype(dtype)), np.float64)
     steps = [n for n in (10, 100, 1000) if n <= args.horizon]
@@ -343,12 +390,18 @@ def main() -> None:
     for name in args.envs:
         for row in measure(name, args):
             rows.append(row)
-            numbers = "  ".join(f"{row[f'{f}_median']:.0e} {row[f'{f}_p99']:.0e} {row[f'{f}_max']:.0e}" for f in ("obs", "reward"))
-            apart = "  ".join(f"{kind} {'/'.join(f'{v:.0e}' for v in found.values())}" for kind, found in row.get("diverged", {}).items())
-            head, tail = f"{name:24} {row['engine']:7} f{args.precision}", f"compile {row['compile_seconds']:.0f} s"
-            print(head, numbers, row["terminations"], apart, tail, sep="  ", flush=True)
+            each = [f"{row[f'{f}_{q}']:.0e}" for f in ("obs", "reward") for q in ("median", "p99", "max")]
+            apart = row.get("diverged", {}).items()
+            each += [row["terminations"]]
+            each += [f"{kind} {'/'.join(f'{v:.0e}' for v in found.values())}" for kind, found in apart]
+            head, tail = (
+                f"{name:24} {row['engine']:7} f{args.precision}",
+                f"compile {row['compile_seconds']:.0f} s",
+            )
+            print(head, *each, tail, sep="  ", flush=True)
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+        content = {"command": " ".join(sys.argv), "rows": rows}
+        pathlib.Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

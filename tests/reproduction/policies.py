@@ -2,9 +2,10 @@
 
     python tests/reproduction/policies.py --policies ../shared/policies --json policies.json
 
-Each policy plays `--episodes` episodes with its mean action (and, for the C engine, with sampled ones) in ours and in Gymnasium's v4 task.
-Gymnasium runs with the contact margins of its own XML under today's MuJoCo; `--halved` gives it ours (docs/locomotion.md), so that
-physics and code are the same and only the random starts differ.
+Each policy plays `--episodes` episodes with its mean action (and, for the C engine, with sampled ones) in
+ours and in Gymnasium's v4 task. Gymnasium runs with the contact margins of its own XML under today's MuJoCo;
+`--halved` gives it ours (docs/locomotion.md), so that physics and code are the same and only the random
+starts differ.
 """
 
 import json
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import envs
-from data import policy, scores
-from envs.rollout import rollout
+from ooo_rl import envs
+from ooo_rl.data import policy
+from ooo_rl.data.datasets import scores
+from ooo_rl.envs.rollout import rollout
 
 IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 
@@ -57,10 +59,14 @@ def ours(body: str, engine: str, actor: dict, mode: str, args: Args) -> np.ndarr
         # The noise is drawn from the observation's own bits, so that the policy stays a function of it.
         bits = jax.lax.bitcast_convert_type(obs.sum(axis=-1), jnp.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(args.seed + 1), bits)
-        noise = None if mode == "mean" else jax.vmap(lambda key: jax.random.normal(key, (env.action_size,)))(keys)
+        noise = (
+            None if mode == "mean" else jax.vmap(lambda key: jax.random.normal(key, (env.action_size,)))(keys)
+        )
         return policy.forward(actor, obs, noise, jnp)
 
-    return np.asarray(jax.jit(lambda key: rollout(env, act, key, args.episodes))(jax.random.PRNGKey(args.seed))["return"])
+    return np.asarray(
+        jax.jit(lambda key: rollout(env, act, key, args.episodes))(jax.random.PRNGKey(args.seed))["return"]
+    )
 
 
 def theirs(body: str, actor: dict, mode: str, args: Args) -> np.ndarray:
@@ -93,16 +99,23 @@ def main() -> None:
                     got = ours(body, engine, actor, mode, args)
                     error = float(np.hypot(got.std(ddof=1), base.std(ddof=1)) / args.episodes**0.5)
                     away = float((got.mean() - base.mean()) / max(error, 1e-9))
-                    row = {"body": body, "policy": file.stem, "mode": mode, "engine": engine, "episodes": args.episodes}
-                    row |= {"ours": float(got.mean()), "ours_std": float(got.std(ddof=1)), "gymnasium": float(base.mean())}
-                    row |= {"gymnasium_std": float(base.std(ddof=1)), "standard_errors": away}
+                    row = {"body": body, "policy": file.stem, "mode": mode, "engine": engine}
+                    row |= {"episodes": args.episodes, "standard_errors": away}
+                    row |= {"ours": float(got.mean()), "ours_std": float(got.std(ddof=1))}
+                    row |= {"gymnasium": float(base.mean()), "gymnasium_std": float(base.std(ddof=1))}
                     row["score"] = float(scores.normalized_score(body, [got.mean()])[0])
                     rows.append(row)
-                    values = f"{row['ours']:8.1f} ± {row['ours_std']:6.1f}  Gymnasium {row['gymnasium']:8.1f} ± {row['gymnasium_std']:6.1f}"
-                    print(f"{body:12} {file.stem:14} {mode:8} {engine:7} {values}  {away:+.1f} standard errors", flush=True)
+                    values = f"{row['ours']:8.1f} ± {row['ours_std']:6.1f}"
+                    values += f"  Gymnasium {row['gymnasium']:8.1f} ± {row['gymnasium_std']:6.1f}"
+                    run = f"{body:12} {file.stem:14} {mode:8} {engine:7}"
+                    print(f"{run} {values}  {away:+.1f} standard errors", flush=True)
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
-    print(f"{sum(abs(row['standard_errors']) <= 2 for row in rows)} of {len(rows)} within two standard errors")
+        pathlib.Path(args.json).write_text(
+            json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n"
+        )
+    print(
+        f"{sum(abs(row['standard_errors']) <= 2 for row in rows)} of {len(rows)} within two standard errors"
+    )
 
 
 if __name__ == "__main__":

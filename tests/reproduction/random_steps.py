@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-import envs
+from ooo_rl import envs
 
 TASKS = (
     "halfcheetah",
@@ -42,15 +42,15 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args)
     for name in args.envs:
-        env = envs.make(name, args.physics if args.physics == "auto" or not name.startswith("maze2d") else "auto")
+        env = envs.make(
+            name, args.physics if args.physics == "auto" or not name.startswith("maze2d") else "auto"
+        )
 
         def step(carry, key, env=env):
             state, counts = carry
             act, reset = jax.random.split(key)
             action = jax.random.uniform(act, (args.worlds, env.action_size), minval=-1.0, maxval=1.0)
-            state, reached = jax.vmap(lambda s, a, k: envs.step_and_reset(env, s, a, k))(
-                state, action, jax.random.split(reset, args.worlds)
-            )
+            state, reached = envs.step_all(env, state, action, reset)
             bad = ~jnp.isfinite(jnp.concatenate([reached.obs, reached.reward[:, None]], axis=1)).all(axis=1)
             now = jnp.stack([reached.info["broken"].sum(), bad.sum(), reached.done.sum()])
             return (state, counts + now), None
@@ -62,10 +62,8 @@ def main() -> None:
         broken, bad, ends = (int(x) for x in counts)
         taken = len(keys) * args.worlds
         seconds = time.perf_counter() - began
-        print(
-            f"{name:22} {env.backend:7} {taken:,} steps: {broken} worlds broke, {bad} rows not finite, {ends} episodes, {seconds:.0f} s",
-            flush=True,
-        )
+        counted = f"{broken} worlds broke, {bad} rows not finite, {ends} episodes"
+        print(f"{name:22} {env.backend:7} {taken:,} steps: {counted}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

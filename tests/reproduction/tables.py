@@ -1,12 +1,14 @@
-"""The comparison of OOO's Tables 1 to 3, its ablations and two of its figures, in small: every method on one task, with one budget.
+"""The comparison of OOO's Tables 1 to 3, its ablations and two of its figures, in small: every method on one
+task, with one budget.
 
     python tests/reproduction/tables.py --task point-mass-wall --out comparison
     python tests/reproduction/tables.py --task maze2d-large-missing-data --methods iql ooo_iql td3 --seeds 5
 
-Each method is one run of its script, with the flags of `BUDGETS` here, alike within a family, and its own settings for the rest. An
-OOO run gives two rows: its explorer is the base method with the bonus, its exploiter is OOO. What is finished is not run again, and what
-was interrupted is resumed; so this can be called again and again. Writes `<out>/<task>.md`, and figures of the bonus (Figure 3, left), of
-Q-values in retraining (Figure 5c) and of success.
+Each method is one run of its script, with the flags of `BUDGETS` here, alike within a family, and its own
+settings for the rest. An OOO run gives two rows: its explorer is the base method with the bonus, its
+exploiter is OOO. What is finished is not run again, and what was interrupted is resumed; so this can be
+called again and again. Writes `<out>/<task>.md`, and figures of the bonus (Figure 3, left), of Q-values in
+retraining (Figure 5c) and of success.
 """
 
 import json
@@ -19,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from data import figures, statistics
+from ooo_rl.data.figures import aggregates
+from ooo_rl.data.figures import curves as drawn
 
 REPO = pathlib.Path(__file__).parents[2]
 NAMES = {  # run -> (script, flags beyond the task's, what its phases are called in the table)
@@ -27,7 +30,7 @@ NAMES = {  # run -> (script, flags beyond the task's, what its phases are called
     "ooo_iql": ("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
     "pex": ("pex", "IQL", {"online": "PEX"}),
     "cql": ("cql", "CQL", {"offline": "CQL, offline", "online": "CQL"}),
-    "sac_ft": ("sac", "SAC --pretrained CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
+    "sac_ft": ("sac", "SAC --init-from CQL_RUN --offline-steps 0 --random-steps 0", {"online": "SAC-ft (from CQL)"}),
     "cal_ql": ("cal_ql", "CQL", {"offline": "Cal-QL, offline", "online": "Cal-QL"}),
     "ooo_cal_ql": ("ooo_cal_ql", "CQL CQL_RETRAIN", {"online": "Cal-QL + RND", "retrained": "OOO(Cal-QL)"}),
     "rlpd": ("rlpd", "RLPD", {"online": "RLPD"}),
@@ -50,14 +53,16 @@ BUDGETS = {  # task -> flags of every method, and what the words in capitals of 
         "CQL": "--online-steps 960000",
         "SAC": "--online-steps 960000",
         "RLPD": "--online-steps 480000 --utd-ratio 0.08333333333333333",
-        "TD3": "--online-steps 480000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 --target-rate 0.02 --exploration-noise 0.5",
+        "TD3": "--online-steps 480000 --utd-ratio 0.08333333333333333 --offline-ratio 0.5 "
+               "--target-rate 0.02 --exploration-noise 0.5",
     },
     "maze2d-large-missing-data": {
         "all": "--num-envs 32",
         "IQL": "--online-steps 400000 --utd-ratio 0.0625 --hidden 128 128 --offline-steps 10000",
         "IQL_RETRAIN": "--retrain-steps 50000",
         "HALVES": "--retrain-at 200000 400000",
-        "CQL": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 5000",
+        "CQL": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64 "
+               "--num-samples 4 --offline-steps 5000",
         "CQL_RETRAIN": "--retrain-steps 10000",
         "SAC": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64",
         "RLPD": "--online-steps 200000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128 --policy-every 1",
@@ -75,7 +80,7 @@ class Args:
     task: str = "point-mass-wall"
     """task, one of BUDGETS"""
     methods: tuple[str, ...] = tuple(NAMES)
-    """which runs"""
+    """which runs, or scripts of algos/ that have no run here: with their settings for the task"""
     seeds: int = 3
     """seeds of each"""
     runs_dir: pathlib.Path = pathlib.Path("runs")
@@ -86,13 +91,18 @@ class Args:
     """run nothing; tabulate what there is"""
 
 
+def row_of(run: str) -> tuple[str, str, dict[str, str]]:
+    """(script, flags, phase -> name in the table). A script that is not in NAMES has a row for each phase."""
+    return NAMES.get(run, (run, "", {}))
+
+
 def folder_of(args: Args, run: str) -> pathlib.Path:
-    return args.runs_dir / NAMES[run][0] / args.task / f"table-{run}"
+    return args.runs_dir / row_of(run)[0] / args.task / f"table-{run}"
 
 
 def command(args: Args, run: str) -> list[str]:
     """The command line of one run."""
-    script, flags, _ = NAMES[run]
+    script, flags, _ = row_of(run)
     stand_for = {**BUDGETS[args.task], "CQL_RUN": str(folder_of(args, "cql"))}
     words = [w for word in f"all {flags}".split() for w in stand_for.get(word, word).split()]
     return [str(REPO / f"algos/{script}.py"), "--env", args.task, "--num-seeds", str(args.seeds), *words,
@@ -109,18 +119,26 @@ def carry_out(args: Args, run: str) -> None:
     print(time.strftime("%T"), *words, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{args.task}-{run}.log").open("a") as log:
-        code = subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
     if code:
         print(f"  failed with exit code {code}: {log.name}", flush=True)
 
 
 def cell(values: list) -> str:
-    found = statistics.summarise(np.array([np.nan if v is None else v for v in values], float))
-    return f"{found['iqm']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if np.isfinite(found["iqm"]) else "diverged"
+    found = aggregates.summarise(np.array([np.nan if v is None else v for v in values], float))
+    return (
+        f"{found['iqm']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+        if np.isfinite(found["iqm"])
+        else "diverged"
+    )
 
 
 def ways(crossings: list[dict] | None) -> str:
-    """On which side of the wall most paths of each seed pass, such as "under, under, over"; none: they end before it."""
+    """On which side of the wall most paths of each seed pass, such as "under, under, over"; none: they end
+    before it.
+    """
     return ", ".join(max(seed, key=seed.get) for seed in crossings) if crossings else "-"
 
 
@@ -132,14 +150,19 @@ def table(args: Args) -> str:
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        for phase, name in NAMES[run][2].items():
+        names = row_of(run)[2] or {phase: f"{run}, {phase}" for phase in result["phases"]}
+        for phase, name in names.items():
             found = result["phases"].get(phase)
             if found:
                 score = cell(found["normalized_score"]) if "normalized_score" in found else "-"
-                lines.append(f"| {name} | {cell(found['success'])} | {cell(found['return'])} | {cell(found['length'])} | {score} | "
-                             f"{ways(result.get('crossings', {}).get(phase))} | {result['wall_seconds']:.0f} |")  # fmt: skip
-    head = "| policy | success | return | episode length | normalised score | way, by seed | run, s |\n|---|---|---|---|---|---|--:|"
-    commands = "\n".join(f"    python algos/{' '.join(command(args, run)).split('algos/')[1]}" for run in args.methods)
+                cells = [name, *(cell(found[measure]) for measure in ("success", "return", "length")), score]
+                cells += [ways(result.get("crossings", {}).get(phase)), f"{result['wall_seconds']:.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    head = "| policy | success | return | episode length | normalised score | way, by seed | run, s |\n"
+    head += "|---|---|---|---|---|---|--:|"
+    commands = "\n".join(
+        f"    python algos/{' '.join(command(args, run)).split('algos/')[1]}" for run in args.methods
+    )
     return f"{head}\n" + "\n".join(lines) + f"\n\nCommands:\n\n{commands}\n"
 
 
@@ -149,25 +172,46 @@ def curves(args: Args, runs: tuple[str, ...], metric: str, phases: tuple[str, ..
     for run in runs:
         metrics = folder_of(args, run) / "metrics.csv"
         if metrics.exists():
-            rows += [{**row, "setting": run} for row in figures.read(metrics) if row["phase"] in phases and row["metric"] == metric]
+            rows += [
+                {**row, "setting": run}
+                for row in drawn.read(metrics)
+                if row["phase"] in phases and row["metric"] == metric
+            ]
     if rows:
         path = args.out / f"{args.task}-{metric.removeprefix('eval/')}.png"
-        figures.learning_curves(rows, path, metric=metric, title=f"{title}: {args.task}")
+        drawn.learning_curves(rows, path, metric=metric, title=f"{title}: {args.task}")
 
 
 def main() -> None:
     args = tyro.cli(Args)
     if args.task not in BUDGETS:
         raise SystemExit(f"error: --task {args.task} is not one of {', '.join(BUDGETS)}")
+    scripts = {path.stem for path in (REPO / "algos").glob("*.py")} - {"__init__"}
+    if unknown := set(args.methods) - NAMES.keys() - scripts:
+        raise SystemExit(
+            f"error: --methods {min(unknown)} is neither one of {', '.join(NAMES)} nor a script of algos/"
+        )
     for run in () if args.only_table else args.methods:
         carry_out(args, run)
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(args)
     (args.out / f"{args.task}.md").write_text(text)
     print(text)
-    curves(args, ("ooo_iql", "ooo_cal_ql", "ooo_rlpd", "td3"), "bonus", ("offline", "online"), "exploration bonus")
+    curves(
+        args,
+        ("ooo_iql", "ooo_cal_ql", "ooo_rlpd", "td3"),
+        "bonus",
+        ("offline", "online"),
+        "exploration bonus",
+    )
     curves(args, ("ooo_iql", "ooo_rlpd", "td3"), "q", ("retrained",), "Q-values")
-    curves(args, tuple(NAMES)[: tuple(NAMES).index("frozen_bonus")], "eval/success", ("online", "retrained"), "success")
+    curves(
+        args,
+        tuple(NAMES)[: tuple(NAMES).index("frozen_bonus")],
+        "eval/success",
+        ("online", "retrained"),
+        "success",
+    )
 
 
 if __name__ == "__main__":

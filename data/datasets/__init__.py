@@ -1,0 +1,1 @@
+"""Datasets on disk: how they are read, checked, described and written."""

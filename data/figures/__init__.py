@@ -1,0 +1,1 @@
+"""Figures and statistics: curves, maps, films, and averages of scores with their intervals."""

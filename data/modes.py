@@ -1,0 +1,47 @@
+"""JAX's switches as a user may have set them, and what our code makes of each."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from ooo_rl.data.errors import UsageError
+
+HARMLESS = ("--xla_backend_optimization_level", "--xla_force_host_platform_device_count")  # XLA knows these
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """Ranks and types of arrays are promoted as usual, even where the user's own code forbids it."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def check_devices() -> None:
+    """Raises UsageError if JAX has no device to run on, with the reason."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        advice = f"unset JAX_PLATFORMS, which is {asked!r}, or" if asked else "look at its installation:"
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"JAX finds no device to run on ({reason}); {advice} pip install 'jax[cuda12]' for a GPU"
+        ) from None
+
+
+def check_xla_flags() -> None:
+    """Raises UsageError if XLA_FLAGS has a flag that this XLA does not know: XLA would kill the process."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if all(flag.startswith(HARMLESS) for flag in flags):
+        return
+    asked = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, text=True
+    )
+    lines = [line for line in asked.stderr.splitlines() if "nknown flag" in line]
+    if asked.returncode < 0 and lines:
+        unknown = lines[0].partition("XLA_FLAGS:")[2].strip() or lines[0]
+        raise UsageError(f"XLA_FLAGS: this version of XLA does not know {unknown}; take it out of XLA_FLAGS")

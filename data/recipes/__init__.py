@@ -1,0 +1,1 @@
+"""How datasets are made: one module of recipes per family of tasks, and the library of all recipes."""

@@ -1,0 +1,48 @@
+"""A recipe: everything that is needed to make one dataset."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one dataset.
+
+    env: the name of the environment in which the dataset is recorded. also: the names of other environments
+    that it is meant for.
+
+    episodes: the function (environment, transitions, seed, sources) -> episodes. It returns episodes as
+    `datasets.write.write_minari` takes them. `sources` are the policies of `--policy`, or a list with the one
+    object that `--demonstrations` gives.
+
+    transitions: the default number of rows; 0 means that `episodes` decides.
+
+    description, detail: what the metadata of the dataset say about it.
+
+    policies: how many policy files the dataset can be made from; (0, 1) means that one file is optional.
+
+    policy_sizes: the sizes (observation, action) that these policies must have; None means the environment's.
+
+    demonstrations: "file" if the dataset is made from recorded demonstrations; "any" if successful episodes
+    of a policy may replace them; "none" if it needs none.
+
+    by_hand: whether making the dataset takes too long to do it on first loading. The user must then ask for
+    it.
+    """
+
+    env: str
+    episodes: Callable[..., list[dict]]
+    transitions: int
+    description: str
+    detail: str = ""
+    also: tuple[str, ...] = ()
+    policies: tuple[int, ...] = (0,)
+    policy_sizes: tuple[int, int] | None = None
+    demonstrations: Literal["none", "file", "any"] = "none"
+    by_hand: bool = False
+
+    @property
+    def made_on_first_use(self) -> bool:
+        """Whether the first loading makes the dataset: it is quick, and needs no file from the user."""
+        return not self.by_hand and 0 in self.policies and self.demonstrations == "none"

@@ -1,0 +1,1 @@
+"""What a run is: settings, plan, compiled programs, folder, checkpoints, evaluation, report."""

@@ -1,0 +1,80 @@
+"""Bounds that stand beside a setting, and their check.
+
+For example `expectile: Annotated[float, Bounds(above=0, below=1)] = 0.7`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+from ooo_rl.data.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must be, or each number of a tuple; `items` is the least length of a tuple."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    items: int = 0
+    whole: bool = False
+
+    def broken_by(self, value: float) -> str:
+        """What `value` fails to be, in words; empty if it is within the bounds. NaN is within none."""
+        if math.isnan(value):
+            return "a number"
+        if value < self.at_least:
+            return f"at least {self.at_least:g}"
+        if value > self.at_most:
+            return f"at most {self.at_most:g}"
+        if value <= self.above > -math.inf:
+            return f"above {self.above:g}"
+        if value >= self.below < math.inf:
+            return f"below {self.below:g}"
+        if self.whole and value % 1 != 0:  # of infinity it is NaN
+            return "a whole number"
+        return ""
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def bounds_of(kind: type) -> dict[str, Bounds]:
+    """The bounds that the fields of the dataclass `kind` declare."""
+    hints = get_type_hints(kind, include_extras=True)
+    declared = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: part for name, parts in declared.items() for part in parts if isinstance(part, Bounds)}
+
+
+def check_bounds(settings: Any) -> None:
+    """Raises UsageError for the first field of the dataclass `settings` that is out of its bounds."""
+    bounds = bounds_of(type(settings))
+    for field in dataclasses.fields(settings):
+        if field.name in bounds:
+            check_value(field.name, getattr(settings, field.name), bounds[field.name])
+
+
+def check_value(name: str, value: Any, bounds: Bounds) -> None:
+    """Raises UsageError if `value`, a number or a tuple of numbers, is out of `bounds`."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    if len(numbers) < bounds.items:
+        raise UsageError(f"{flag(name)} needs at least {bounds.items} number{'s' * (bounds.items > 1)}")
+    for number in numbers:
+        if wanted := bounds.broken_by(number):
+            shown = " ".join(map(str, numbers))
+            raise UsageError(f"{flag(name)} must be {wanted}, not {shown}")
+
+
+Number = Annotated[float, Bounds()]
+Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+NonNegative = Annotated[float, Bounds(at_least=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Steps = Annotated[int, Bounds(at_least=0)]
+Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
+Size = Annotated[int, Bounds(at_least=1)]
+Layers = Annotated[tuple[int, ...], Bounds(at_least=1, items=1)]

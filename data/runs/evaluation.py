@@ -1,0 +1,82 @@
+"""Evaluates the policies of all runs at once.
+
+They play on the device in `--env`, or on the host in the Gymnasium environment of `--eval-env`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs.program import Compiled
+from ooo_rl.envs.base import Env
+from ooo_rl.envs.rollout import rollout
+
+EVAL_SEED = 10_000  # of the first host episode: the same ones for every policy, phase and seed
+
+
+def check_eval_env(args: Any, obs_size: int, action_size: int) -> None:
+    """Raises UsageError unless a policy of these sizes can be played in `--eval-env`, where there is one."""
+    if not args.eval_env:
+        return
+    from ooo_rl.envs import gymnasium_eval  # here: gymnasium_robotics, which it imports, prints advice
+
+    try:
+        sizes = gymnasium_eval.check(args.eval_env)[:2]
+    except ValueError as error:
+        raise UsageError(f"--eval-env {args.eval_env}: {error}") from None
+    if sizes != (obs_size, action_size):
+        raise UsageError(
+            f"--eval-env {args.eval_env} has {sizes[0]} observations and {sizes[1]} actions, "
+            f"the policy {obs_size} and {action_size}"
+        )
+
+
+class Evaluator:
+    """`evaluator(actors, keys)` plays `--eval-episodes` episodes with each policy's mean action.
+
+    `act(actor, obs)` is one run's policy. `actors` are parameters with a leading axis of runs; `keys` are
+    [runs, 2]. Returns success, return and length [runs, episodes]. With `record` (in --env only) it also
+    returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles before the first call.
+    """
+
+    def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):
+        self.args, self.env = args, env
+        self.act = Compiled(act, mesh)
+
+        def play(actor, key, *, record):
+            return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
+
+        self.rollout = Compiled(play, mesh)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is an environment to evaluate in at all."""
+        return bool(self.args.eval_env) or self.env is not None
+
+    @property
+    def has_map(self) -> bool:
+        """Whether paths can be recorded and drawn: a 2-D task with a `layout`, evaluated on the device."""
+        return not self.args.eval_env and hasattr(self.env, "layout")
+
+    @staticmethod
+    def paths(tally: dict[str, np.ndarray]) -> np.ndarray:
+        """Positions [runs, episodes, steps, 2] of recorded episodes, NaN after each one's end."""
+        position = np.array(tally["obs"][..., :2])
+        position[np.arange(position.shape[2]) > tally["length"][..., None]] = np.nan
+        return position
+
+    def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, np.ndarray]:
+        if not self.args.eval_env:
+            return jax.device_get(self.rollout(actors, keys, record=record))
+        place = keys.sharding
+
+        def act(obs: np.ndarray) -> np.ndarray:
+            return np.asarray(self.act(actors, jax.device_put(np.float32(obs), place)))
+
+        from ooo_rl.envs import gymnasium_eval
+
+        return gymnasium_eval.evaluate(self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, len(keys))

@@ -1,0 +1,485 @@
+"""One run of a method, from its settings to its folder: what every method needs, and no method is about."""
+
+import contextlib
+import json
+import pathlib
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ooo_rl import envs
+from ooo_rl.data import buffer
+from ooo_rl.data.buffer import Transition
+from ooo_rl.data.datasets.card import print_card
+from ooo_rl.data.datasets.scores import normalized_score
+from ooo_rl.data.datasets.validate import Dataset, check_fits
+from ooo_rl.data.errors import Stopped, UsageError
+from ooo_rl.data.figures import aggregates
+from ooo_rl.data.modes import usual_promotion
+from ooo_rl.data.recipes import library
+from ooo_rl.data.runs import report
+from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
+from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
+from ooo_rl.data.runs.folder import (
+    RunFolder,
+    create,
+    finite_or_none,
+    numbers,
+    place_of,
+    task_of,
+    versions,
+    write_json,
+)
+from ooo_rl.data.runs.plan import Chunk, Phase, cut
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, scan_mean
+from ooo_rl.data.runs.settings import read_config, resolved
+from ooo_rl.data.runs.sweep import grid
+from ooo_rl.data.runs.tracking import open_tracker
+
+__all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"]  # what scripts use
+
+MEASURES = ("success", "return", "length")
+COLUMNS = (
+    TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+    TimeRemainingColumn(),
+)  # fmt: skip
+
+
+class Static(NamedTuple):
+    """What is fixed when a method's functions are compiled: their first argument.
+
+    example: one row of experience, all zero, for whatever needs shapes. nets: the method's networks.
+    """
+
+    args: Any
+    env: envs.Env | None
+    example: Transition
+    nets: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` returns.
+
+    folder: the run's. results: what its result.json holds. agents: name -> parameters and optimisers, arrays
+    with a leading axis of runs, in the order of `results["seeds"]`.
+    """
+
+    folder: pathlib.Path
+    results: dict
+    agents: dict[str, Any]
+
+
+class Session:
+    """A run of `method`: its seeds and settings, dataset and environment, compiled functions and folder.
+
+    args: the settings in force. hyper: the traced ones, arrays [runs]. keys [runs, 2]: one per run.
+    data: the dataset or None. offline: its rows on the device. truncation [N]: its rows that end an episode
+    without a termination. env: the environment or None. example: one row of experience, all zero.
+
+    Everything that a user can mend is refused here, before anything compiles and before a folder is made.
+    """
+
+    def __init__(self, method: str, args: Any, make_plan: Callable[[Any], list[Phase]]):
+        self.began = time.perf_counter()
+        self.method, self.args = method, resolved(args)
+        self.console = Console()
+        self.task = task_of(self.args)
+        hyper, self.labels = grid(self.args)
+        self.plan = cut(self.args, make_plan(self.args))
+        self.folder = RunFolder(pathlib.Path(self.args.resume), self.labels) if self.args.resume else None
+        self.path = self.folder.path if self.folder else place_of(method, self.args)
+        with usual_promotion():
+            self.data = load_dataset(self.args)
+        self.card = self.data.card if self.data else {"id": "none"}
+        if self.folder:
+            check_same(self.path, self.card)
+        self.env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
+        rows, env = self.data and self.data.transitions, self.env
+        self.obs_size = env.observation_size if env else rows.obs.shape[1]
+        self.action_size = env.action_size if env else rows.action.shape[1]
+        check_eval_env(self.args, self.obs_size, self.action_size)
+        obs, action, scalar = jnp.zeros(self.obs_size), jnp.zeros(self.action_size), jnp.float32(0)
+        self.example = Transition(obs, action, scalar, obs, scalar)
+        self.mesh = mesh_for(len(self.labels))
+        if self.mesh.size < jax.device_count():
+            self.console.print(
+                f"{len(self.labels)} runs use {self.mesh.size} of {jax.device_count()} devices; "
+                "a number of seeds that the devices divide uses them all"
+            )
+        self.hyper = place(hyper, self.mesh, RUNS)
+        self.offline = place(rows, self.mesh, EVERYWHERE)
+        self.truncation = place(self.data and self.data.truncation, self.mesh, EVERYWHERE)
+        first_keys = jnp.stack([jax.random.PRNGKey(label.seed) for label in self.labels])
+        self.keys = place(first_keys, self.mesh, RUNS)
+        self.programs: list[Compiled] = []
+        self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
+        self.failed: dict[int, str] = {}  # run -> why it was stopped
+        self.largest_reward = self._scaled(*self.card.get("reward_range", ()))  # [runs], seen so far
+        self.work = dict.fromkeys(("updates", "env_steps", "broken_worlds", "run", "online"), 0.0)
+        self.before = dict.fromkeys(("wall", "compile", *self.work), 0.0)  # a resumption
+        self.stopping: signal.Signals | None = None
+
+    def static(self, nets: Any) -> Static:
+        """The first argument of the method's functions, with these networks."""
+        return Static(self.args, self.env, self.example, nets)
+
+    def scaled_to(self, return_range: float) -> Any:
+        """`hyper` with a reward_scale that makes the dataset's returns, best less worst, span `return_range`.
+
+        With 0, or without a dataset, it stays as it is.
+        """
+        if not return_range or self.data is None:
+            return self.hyper
+        worst, best = self.card["return_quantiles"][0], self.card["return_quantiles"][-1]
+        if best <= worst:
+            raise UsageError(
+                f"--return-range {return_range:g}: every episode of {self.card['id']} has the return "
+                f"{best:g}; use 0"
+            )
+        self.hyper = self.hyper.replace(reward_scale=self.hyper.reward_scale * return_range / (best - worst))
+        return self.hyper
+
+    def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
+        """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`)."""
+        compiled = [Compiled(partial(function, static), self.mesh) for function in functions]
+        self.programs += compiled
+        return compiled
+
+    def begin(self, state: Any, act: Callable) -> Any:
+        """Makes or opens the folder; returns the state to go on from: `state`, unless there is a checkpoint.
+
+        With `--init-from`, the agent that the plan trains first is filled from another run. `act(actor, obs)`
+        gives the actions that evaluations play.
+        """
+        init = self.plan[0].agent
+        self.evaluate = Evaluator(self.args, self.env, act, self.mesh)
+        if self.args.init_from and not self.args.resume:
+            state = self._init_from(state, init)
+        if not self.args.resume:
+            command = (
+                " ".join(sys.argv)
+                if sys.argv[0].endswith(f"{self.method}.py")
+                else f"{self.method}.train(args)"
+            )
+            self.run_id = uuid.uuid4().hex[:12]
+            self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
+            create(self.path, self.method, self.args, self.card, command, self.run_id)
+            self.folder = RunFolder(self.path, self.labels)
+        self.checkpoints = Checkpoints(self.path)
+        found = self.checkpoints.restore(state) if self.args.resume else None
+        if found is None:
+            if self.args.resume and self.args.init_from:
+                state = self._init_from(state, init)
+            self.done = 0
+            self.folder.go_back(None, {})
+            return self._tracked(state)
+        state, host = found
+        self.done, self.phases, self.before = host["position"], host["phases"], self.before | host["clock"]
+        self.failed = {int(r): text for r, text in host["failed"].items()}
+        self.largest_reward = host["largest_reward"]
+        self.folder.go_back(host["metrics_bytes"], self.phases)
+        return self._tracked(state)
+
+    def _tracked(self, state: Any) -> Any:
+        """Opens the tracker of a resumed run, which forgets what was logged after the checkpoint."""
+        if self.args.resume:
+            self.run_id = read_config(self.args.resume, "--resume").get("id", self.path.name)
+            self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
+        return state
+
+    def _init_from(self, state: Any, name: str) -> Any:
+        agent, said = load_agent(self.args.init_from, self.labels, getattr(state, name))
+        self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
+        return state.replace(**{name: place(agent, self.mesh, RUNS)})
+
+    # --- while it runs ---
+
+    def chunks(self) -> Iterator[Chunk]:
+        """What is left of the plan, chunk by chunk, behind a progress bar where there is a terminal.
+
+        After SIGTERM or SIGINT (Ctrl-C) the chunk ends, a checkpoint is saved and the run stops. A second
+        SIGINT stops it at once.
+        """
+        bar = Progress(*COLUMNS, console=self.console, disable=not self.console.is_terminal)
+        with self._stopping_softly(), bar as self.bar:
+            for i, chunk in enumerate(self.plan[self.done :], start=self.done + 1):
+                if chunk.first or i == self.done + 1:
+                    rest = (c for c in self.plan[i - 1 :] if c.phase == chunk.phase and c.last)
+                    end = next(c.start + c.length for c in rest)
+                    self.row = self.bar.add_task(
+                        chunk.phase, total=end, completed=chunk.start, note="compiling"
+                    )
+                self.position, self.chunk_began = i, self._run_seconds()
+                yield chunk
+                self.bar.update(self.row, completed=chunk.start + chunk.length)
+
+    @contextlib.contextmanager
+    def _stopping_softly(self) -> Iterator[None]:
+        """Takes note of signals to stop. Only the main thread gets them; elsewhere nothing changes."""
+
+        def note(number, _):
+            if number == signal.SIGINT and self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = signal.Signals(number)
+            print(f"{self.stopping.name}: stopping at the end of this chunk", file=sys.stderr, flush=True)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def after(self, chunk: Chunk, metrics: dict, state: Any, actor: Any = None) -> None:
+        """What is due after each chunk: log, look for broken runs, evaluate, and at last save a checkpoint.
+
+        `actor` are the parameters of the policy to evaluate, by default those of the agent that was trained.
+        If the evaluation fails, the checkpoint is saved all the same, and the error goes on.
+        """
+        step, num_runs, trained = chunk.start + chunk.length, len(self.labels), getattr(state, chunk.agent)
+        seconds = self._run_seconds() - self.chunk_began
+        self.work["run"] += seconds
+        self.work["online"] += seconds * chunk.acts
+        self.work["updates"] += num_runs * round(chunk.length * (self.args.utd_ratio if chunk.acts else 1))
+        self.work["env_steps"] += num_runs * chunk.length * chunk.acts
+        self._log(
+            chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
+        )
+        self._note_rewards(state.ring)
+        if broken := self.find_broken(chunk, jax.device_get(metrics), trained):
+            save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", state)  # the run itself goes on
+            if len(self.failed) == num_runs:
+                raise UsageError(
+                    f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or "
+                    f"look into {self.path}"
+                )
+        if chunk.acts:
+            self._count_broken_worlds(
+                step, np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)
+            )
+        try:
+            if chunk.evaluate and self.evaluate.possible:
+                self._evaluate(chunk, trained.actor.params if actor is None else actor)
+        except Exception:
+            self._save(chunk, state)
+            print(f"the evaluation failed; all before it is saved: --resume {self.path}", file=sys.stderr)
+            raise
+        if chunk.save or self.stopping:
+            self._save(chunk, state)
+        if self.stopping:
+            raise Stopped(
+                f"by {self.stopping.name} after {chunk.phase}, step {step}; go on with --resume {self.path}",
+                128 + self.stopping,
+            )
+
+    def _save(self, chunk: Chunk, state: Any) -> None:
+        host = {
+            "position": self.position, "metrics_bytes": self.folder.synced(), "phases": self.phases,
+            "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
+            "agent": chunk.agent, "largest_reward": self.largest_reward,
+        }  # fmt: skip
+        self.checkpoints.save(self.position, state, host)
+
+    def _log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+        self.folder.log(phase, step, metrics)
+        self.tracker(phase, step, metrics)
+
+    def _evaluate(self, chunk: Chunk, actor: Any) -> None:
+        """Plays the policy; logs what came out, and keeps it as the phase's result so far."""
+        step, recorded = chunk.start + chunk.length, chunk.last and self.evaluate.has_map
+        # Apart from the keys of training; the same starts for every phase and step.
+        tally = self.evaluate(
+            actor, jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys), record=recorded
+        )
+        result = {name: _means(tally[name]) for name in MEASURES}
+        returns = np.asarray(tally["return"], np.float64).mean(axis=1)
+        score = normalized_score(self.args.eval_env or self.args.env, returns)
+        if score is not None:
+            result["normalized_score"] = [finite_or_none(v) for v in np.atleast_1d(score)]
+        for values in result.values():
+            values[:] = [None if r in self.failed else v for r, v in enumerate(values)]
+        self.phases[chunk.phase] = result
+        self._log(chunk.phase, step, {f"eval/{name}": numbers(values) for name, values in result.items()})
+        note = "  ".join(
+            f"{name} {aggregates.summarise(numbers(result[name]))['iqm']:.2f}" for name in MEASURES
+        )
+        self.bar.update(self.row, note=note)
+        if not self.console.is_terminal:
+            print(f"{chunk.phase:>9} {step:>9,}  {note}", flush=True)
+        if recorded:
+            self.folder.keep_paths(chunk.phase, self.evaluate.paths(tally))
+
+    def _scaled(self, *rewards: Any) -> list[float]:
+        """The largest |scaled reward| of each run, [runs]; `rewards` are numbers or arrays [runs]."""
+        scale, bias = np.asarray(self.hyper.reward_scale), np.asarray(self.hyper.reward_bias)
+        sizes = [np.abs(scale * np.asarray(r) + bias) for r in rewards]
+        return np.max([np.zeros(len(self.labels)), *sizes], axis=0).tolist()
+
+    def _note_rewards(self, ring: Transition | None) -> None:
+        """Takes the rewards of the online rows into account; empty slots of the ring hold 0."""
+        if ring is not None:
+            extremes = [np.asarray(f(ring.reward, axis=1)) for f in (jnp.min, jnp.max)]
+            self.largest_reward = np.maximum(self.largest_reward, self._scaled(*extremes)).tolist()
+
+    def q_limit(self, r: int) -> float:
+        """The mean |Q-value| beyond which run `r` has diverged: --max-q times what rewards allow."""
+        discount = float(self.hyper.discount[r])
+        horizon = 1 / (1 - discount) if discount < 1 else getattr(self.env, "horizon", 1000)
+        return self.args.max_q * (self.largest_reward[r] or 1.0) * horizon
+
+    def find_broken(self, chunk: Chunk, metrics: dict[str, Any], parameters: Any) -> list[int]:
+        """Notes and returns the runs that broke in `chunk`.
+
+        A run breaks where a metric [runs] or a parameter [runs, ...] is not finite, or the metric "q" is
+        beyond `q_limit`.
+        """
+        bad = [
+            [name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(len(self.labels))
+        ]
+        for path, ok in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(parameters))):
+            for r in np.flatnonzero(~ok):
+                bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
+        end = chunk.start + chunk.length
+        new = []
+        for r, names in enumerate(bad):
+            where, q = f"{chunk.phase}, step {end}", abs(float(metrics["q"][r])) if "q" in metrics else 0.0
+            if r in self.failed or not (names or q > self.q_limit(r)):
+                continue
+            if names:
+                first = int(metrics["nonfinite_at"][r])
+                since = f"step {end}" if first < 0 else f"iteration {first} after step {chunk.start}"
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                self.failed[r] = f"{where}: not finite since {since}: {', '.join(names[:8])}{more}"
+            else:
+                reward, limit = self.largest_reward[r], self.q_limit(r)
+                self.failed[r] = (
+                    f"{where}: diverged, the mean Q-value is {metrics['q'][r]:.3g}, beyond {limit:.3g}, "
+                    f"which is --max-q {self.args.max_q:g} times what rewards up to {reward:.3g} allow"
+                )
+            label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
+            print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
+            new.append(r)
+        return new
+
+    def _count_broken_worlds(self, step: int, lost: np.ndarray) -> None:
+        """Adds up and reports the worlds [runs] whose physics became non-finite.
+
+        The worlds of a stopped run do not count, since its actions are not finite.
+        """
+        lost = sum(n for r, n in enumerate(lost) if r not in self.failed)
+        if lost:
+            self.work["broken_worlds"] += round(float(lost))
+            print(
+                f"online, step {step}: {lost:.0f} worlds broke and were started anew; "
+                "the broken steps are not stored",
+                file=sys.stderr,
+            )
+
+    # --- the end ---
+
+    def _run_seconds(self) -> float:
+        return sum(program.run_seconds for program in self.programs)
+
+    def clock(self) -> dict[str, float]:
+        """Seconds and work so far, those before a resumption included; work counts all side-by-side runs."""
+        compiling = sum(program.compile_seconds for program in self.programs)
+        now = {"wall": time.perf_counter() - self.began, "compile": compiling, **self.work}
+        return {name: value + self.before[name] for name, value in now.items()}
+
+    def conclude(
+        self, state: Any, export: Callable, policies: dict[str, Any], stages: tuple[str, ...] = ()
+    ) -> Result:
+        """Ends a run: policy files, exported experience, figures, results.
+
+        policies: name -> the agent whose policy is to be saved, or the parameters of one, [runs, ...].
+        export: `export(actor)` makes a policy file's arrays of one run's parameters.
+        stages: the three phases of a method that pre-trains, explores and retrains.
+        """
+        actors = {
+            name: agent.actor.params if hasattr(agent, "actor") else agent for name, agent in policies.items()
+        }
+        ring, collected = jax.device_get(state.ring), self.args.online_steps
+        report.save_policies(self, export, actors)
+        if self.args.export:
+            report.export_experience(self, ring, collected)
+        extra = report.draw(self, ring, collected, stages)
+        results = report.results(self, self.clock(), extra)
+        write_json(self.path / "result.json", results)
+        self.console.print(report.table(self))
+        self.checkpoints.close()
+        self.folder.close()
+        self.console.print(
+            f"wrote {self.path}/: " + ", ".join(self.folder.files()), soft_wrap=True, highlight=False
+        )
+        agents = {name: part for name, part in vars(state).items() if hasattr(part, "actor")}
+        return Result(self.path, results, agents)
+
+
+def check_same(path: pathlib.Path, card: dict) -> None:
+    """Raises UsageError if a resumed run's dataset has changed; warns if versions of packages have."""
+    try:
+        saved = json.loads((path / "dataset.json").read_text())
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"--resume {path}: dataset.json or config.json is damaged ({error})") from None
+    if saved.get("sha256") != card.get("sha256"):
+        raise UsageError(
+            f"--resume {path}: the dataset {card['id']} has changed since the run began (its hash is "
+            f"{card.get('sha256')}, and was {saved.get('sha256')}); put the old one back, or start a new run"
+        )
+    old, new = config.get("versions", {}), versions()
+    changed = [f"{name} {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]
+    if changed:
+        print(
+            f"other versions than when the run began: {', '.join(changed)}; its numbers may differ",
+            file=sys.stderr,
+        )
+
+
+def load_dataset(args: Any) -> Dataset | None:
+    """The dataset of `args`, its card printed, checked to fit the environment; None for `--dataset none`."""
+    if args.dataset == "none":
+        return None
+    box = args.action_low, args.action_high
+    data = library.load(args.dataset, clip_out_of_range=args.clip_actions, action_box=box)
+    if args.env != "none":
+        env = envs.make(args.env, args.physics)
+        check_fits(data, env.observation_size, env.action_size, args.env)
+    print_card(data.card)
+    return data
+
+
+def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None]:
+    """(`--num-envs` fresh environments, an empty ring); (None, None) without online steps."""
+    args = static.args
+    if not args.online_steps:
+        return None, None
+    env_state = jax.vmap(static.env.reset)(jax.random.split(key, args.num_envs))
+    return env_state, buffer.empty(static.example, args.buffer_size or args.online_steps)
+
+
+@jax.jit
+def _finite_leaves(tree):
+    return jax.tree.map(lambda x: jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+
+
+def _means(values: Any) -> list[float | None]:
+    """The mean over episodes [runs, episodes] of each run."""
+    return [finite_or_none(v) for v in np.asarray(values, np.float64).mean(axis=1)]

@@ -1,0 +1,340 @@
+"""The settings of a run, and the way to them from a command line, a call or a run's folder.
+
+A script's `Args` inherits `Experiment`; its `Hyper`, the settings that are traced, inherits `Traced`. The
+table `FAMILIES` in the script holds the paper's settings by environment family. A call such as
+`Args(env="antmaze-umaze", expectile=0.8)` gives the settings in force: those named in the call, then the
+table's for this environment, then the defaults. `parse` does the same with flags.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+from flax import struct
+
+from ooo_rl import envs
+from ooo_rl.data.datasets.write import check_free
+from ooo_rl.data.errors import UsageError, guarded
+from ooo_rl.data.modes import check_devices, check_xla_flags
+from ooo_rl.data.recipes import library
+from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
+from ooo_rl.data.runs.sweep import RunLabel, grid
+
+__all__ = ["Experiment", "Traced", "UsageError", "launch"]  # what scripts use
+
+FORMAT = 2  # of a run's folder and its checkpoints: what another one wrote is refused
+DEFAULT_ENV = "point-mass-wall"
+
+
+class InForce(type):
+    """The type of `Args` classes: a call fills in what it does not name.
+
+    Traced settings are named like all others.
+    """
+
+    def __call__(cls, **named: Any) -> Any:
+        if named.get("resume"):
+            return _resumed(cls, named)
+        known = {f.name for f in (*dataclasses.fields(cls), *dataclasses.fields(_hyper_type(cls)))}
+        if unknown := sorted(set(named) - known):
+            near = difflib.get_close_matches(unknown[0], sorted(known), n=3)
+            raise UsageError(
+                f"there is no setting {unknown[0]!r}; did you mean {', '.join(near) or 'another script'}?"
+            )
+        family = _family(cls, *(named.get(name, "auto") for name in ("env", "dataset", "online_steps")))
+        if "hyper" in named:  # it says all of the traced settings
+            family = {name: value for name, value in family.items() if name in cls.__dataclass_fields__}
+        return cls.exactly(family | named)
+
+    def exactly(cls, values: dict[str, Any]) -> Any:
+        """The instance that has these values, traced ones among them, and defaults for the rest."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        hyper = values.get("hyper") or _hyper_type(cls)()
+        hyper = hyper.replace(**{k: v for k, v in values.items() if k not in fields})
+        return super().__call__(**{k: v for k, v in values.items() if k in fields} | {"hyper": hyper})
+
+
+@struct.dataclass
+class Traced:
+    """Settings that are traced, not compiled in: one value per run, so each can be swept in one program."""
+
+    discount: Fraction = 0.99
+    """discount factor"""
+    reward_scale: Number = 1.0
+    """task rewards are multiplied by this"""
+    reward_bias: Number = 0.0
+    """and this is added"""
+
+
+@dataclass(frozen=True)
+class Experiment(metaclass=InForce):
+    """The settings that every script has: what is run, on what, and what is kept of it."""
+
+    # experiment
+    env: str = "auto"
+    """environment to act in, by name or as my_module:MyTask; auto: the point mass, or none if a dataset is
+    named and there are no online steps"""
+    num_seeds: Size = 5
+    """seeds, trained side by side"""
+    seed: Seed = 0
+    """first seed"""
+    init_from: str = ""
+    """folder of a run to start from: what fits of its agents is taken, seed by seed"""
+    eval_every: Steps = 0
+    """steps of the phase between evaluations; 0: a quarter of each phase"""
+    eval_episodes: Size = 20
+    """episodes of each evaluation, with the mean action"""
+    eval_env: str = ""
+    """evaluate in this Gymnasium environment (by id) instead of in --env"""
+    checkpoint_every: Steps = 0
+    """steps of the phase between checkpoints; 0: with each evaluation"""
+    runs_dir: str = "runs"
+    """folder that holds all runs"""
+    name: str = ""
+    """name of this run's folder; empty: the time it started"""
+    resume: str = ""
+    """folder of a run to go on with, from its last checkpoint; all other flags come from there"""
+    physics: Literal["auto", "mjx", "mjx-warp", "mujoco"] = "auto"
+    """physics engine, for environments that have one"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """send metrics there as well as to metrics.csv"""
+    sweep: tuple[str, ...] = ()
+    """traced settings to sweep, e.g. discount=0.9,0.99 actor-lr=1e-4,3e-4: every combination with all seeds,
+    in one program"""
+    max_q: Positive = 1000.0
+    """a seed whose mean |Q-value| is beyond this many times the largest |reward| / (1 - discount) has
+    diverged and is stopped; inf: no limit"""
+    # data
+    dataset: str = "auto"
+    """Minari id, or a .hdf5 or .npz file; none: no offline data; own: the one made for the environment; auto:
+    own if there are offline steps, else none"""
+    clip_actions: bool = False
+    """clip dataset actions that lie outside [-1, 1] instead of refusing them"""
+    action_low: Number = 0.0
+    """smallest action in the dataset's file, which becomes -1; 0 with --action-high 0: as the file says"""
+    action_high: Number = 0.0
+    """largest action in the dataset's file, which becomes 1"""
+    export: str = ""
+    """write each seed's online experience as the Minari dataset EXPORT-seed<k>-v0, e.g. ooo/my-run"""
+    # steps and rows
+    offline_steps: Steps = 1_000_000
+    """gradient steps on the dataset"""
+    online_steps: Steps = 1_000_000
+    """environment steps"""
+    num_envs: Size = 8
+    """environments that act side by side, per seed"""
+    utd_ratio: Positive = 1.0
+    """gradient steps per environment step; num_envs * utd_ratio follow each step of all environments"""
+    buffer_size: Steps = 0
+    """online rows kept, a multiple of num_envs; 0: all"""
+    batch_size: Size = 256
+    """rows of a batch"""
+
+
+def launch(args_type: type, train: Callable[[Any], Any]) -> None:
+    """A script's command: settings from the command line, then `train`.
+
+    An error that the user can mend is one line.
+    """
+
+    def main() -> None:
+        check_xla_flags()
+        train(parse(args_type))
+
+    guarded(main)
+
+
+def parse(args_type: type, argv: list[str] | None = None) -> Any:
+    """Settings of type `args_type` from the command line; `--help` shows what is in force.
+
+    With `--resume` everything comes from the run's config.json, and a flag that says otherwise is an error.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("env", "dataset", "online_steps", "resume"):
+        early.add_argument(flag(name), "--" + name, default="auto")  # as tyro does, it takes both spellings
+    known, _ = early.parse_known_args(argv)
+    if known.resume != "auto":
+        return _flags(args_type, argv, args_type(resume=known.resume))
+    default = args_type.exactly(_family(args_type, known.env, known.dataset, known.online_steps))
+    return resolved(_flags(args_type, argv, default))
+
+
+def _flags(args_type: type, argv: list[str], default: Any) -> Any:
+    """`default` with what the flags say; traced settings are flags like all others."""
+    return tyro.cli(args_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+# --- what is in force ---
+
+
+def _family(args_type: type, env: str, dataset: str, online_steps: int | str) -> dict[str, Any]:
+    """The settings in the script's table for an environment, or for a dataset if there is no environment.
+
+    The table's keys are prefixes of names, or tuples of prefixes. A longer prefix wins over a shorter one.
+    A file is known by its folder's name and its own.
+    """
+    env = _env(env, dataset, online_steps)
+    name = dataset if env == "none" else env
+    table = getattr(sys.modules[args_type.__module__], "FAMILIES", {})
+    words = [name, *pathlib.PurePath(name).parts, *pathlib.PurePath(name).stem.split("_")]
+    found: dict[str, Any] = {}
+    if env != "none" and not envs.is_ours(env) and dataset == "auto":
+        found["offline_steps"] = 0  # a user's own environment has no dataset of ours
+    by_prefix = {
+        prefix: part for key, part in table.items() for prefix in ((key,) if isinstance(key, str) else key)
+    }
+    for prefix in sorted(by_prefix, key=len):
+        if any(re.match(re.escape(prefix) + "(?![a-z0-9])", word.lower()) for word in words):
+            found |= by_prefix[prefix]
+    return found
+
+
+def _env(env: str, dataset: str, online_steps: int | str) -> str:
+    """The environment that `--env auto` means."""
+    if env not in ("", "auto"):
+        return env
+    offline_only = str(online_steps) == "0" and dataset not in ("", "auto", "none")
+    return "none" if offline_only else DEFAULT_ENV
+
+
+def _hyper_type(args_type: type) -> type:
+    return type(args_type.__dataclass_fields__["hyper"].default)
+
+
+def resolved(args: Any) -> Any:
+    """`args` with the environment and the dataset that "auto" means, checked."""
+    check_devices()
+    if args.resume:
+        return args
+    env = _env(args.env, args.dataset, args.online_steps)
+    dataset = args.dataset
+    if dataset == "own" or (dataset == "auto" and args.offline_steps):
+        dataset = library.only_one_for(env)
+    dataset = "none" if dataset == "auto" else dataset
+    args = dataclasses.replace(args, env=env, dataset=dataset)
+    check(args)
+    return args
+
+
+# --- a run's own settings ---
+
+
+def to_json(args: Any) -> dict:
+    """The settings as plain dictionaries, for config.json."""
+    return dataclasses.asdict(args)
+
+
+def from_json(args_type: type, saved: dict) -> Any:
+    """The inverse of `to_json`; settings that `args_type` does not know are an error."""
+    unknown = set(saved) - {f.name for f in dataclasses.fields(args_type)}
+    if unknown:
+        raise UsageError(
+            f"this run was made by another script or version: it has the settings "
+            f"{', '.join(sorted(unknown))}"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    return args_type.exactly({**values, "hyper": _hyper_type(args_type)(**saved["hyper"])})
+
+
+def read_config(folder: str, what: str) -> dict:
+    """The config.json of a run's folder; if it is unusable, a UsageError that begins with the flag `what`."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{what} {folder}: no config.json there, so this is not a run's folder")
+    try:
+        config = json.loads(path.read_text())
+        config["settings"]["hyper"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"{what} {folder}: its config.json is damaged ({error})") from None
+    if (found := config.get("format", 1)) != FORMAT:
+        raise UsageError(
+            f"{what} {folder}: a folder of format {found}, and this version reads format {FORMAT}; "
+            f"go on with it in the version that made it (git commit {config.get('git_commit', 'unknown')})"
+        )
+    return config
+
+
+def _resumed(args_type: type, named: dict[str, Any]) -> Any:
+    """The settings of the run in `named["resume"]`; a UsageError if `named` says otherwise anywhere."""
+    folder = named["resume"]
+    saved = from_json(args_type, read_config(folder, "--resume")["settings"])
+    ours, theirs = _flat(named), _flat(to_json(saved))
+    differing = [k for k in ours if ours[k] != theirs.get(k) and k != "resume"]
+    if differing:
+        pairs = ", ".join(f"{k} is {theirs.get(k)} there and {ours[k]} here" for k in differing)
+        raise UsageError(
+            f"--resume {folder}: that run has other settings ({pairs}); drop these flags, or start a new run "
+            "without --resume"
+        )
+    return args_type.exactly(
+        {**{f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)}, "resume": folder}
+    )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, the traced ones among the others."""
+    hyper = settings.get("hyper", {})
+    hyper = hyper if isinstance(hyper, dict) else dataclasses.asdict(hyper)
+    return {**{k: v for k, v in settings.items() if k != "hyper"}, **hyper}
+
+
+# --- checks ---
+
+
+def check(args: Any) -> None:
+    """Raises UsageError for the first setting with which no run can be made."""
+    check_bounds(args)
+    check_bounds(args.hyper)
+    if args.seed + args.num_seeds > 2**32:
+        raise UsageError(
+            f"--seed {args.seed} with --num-seeds {args.num_seeds} goes beyond 2^32 - 1, the largest seed"
+        )
+    if args.env != "none":
+        try:
+            envs.make(args.env, args.physics)
+        except ValueError as error:
+            raise UsageError(f"--env {args.env}: {error}") from None
+    if args.offline_steps and args.dataset == "none":
+        raise UsageError(
+            f"--offline-steps {args.offline_steps} needs --dataset; {args.env} has none of its own"
+        )
+    if args.env == "none" and args.online_steps:
+        raise UsageError(
+            f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, "
+            "--online-steps 0"
+        )
+    updates = args.num_envs * args.utd_ratio
+    if args.online_steps and (updates < 1 or updates != round(updates)):
+        raise UsageError(
+            f"--utd-ratio {args.utd_ratio} with --num-envs {args.num_envs} makes {updates:g} gradient steps "
+            "per vector step; their product must be a whole number, at least 1"
+        )
+    if args.buffer_size % args.num_envs:
+        near = -(-args.buffer_size // args.num_envs) * args.num_envs
+        raise UsageError(
+            f"--buffer-size {args.buffer_size} is not a multiple of --num-envs {args.num_envs}; "
+            f"the next one is {near}"
+        )
+    _, labels = grid(args)
+    if args.export:
+        if not args.online_steps or 0 < args.buffer_size < args.online_steps:
+            raise UsageError(
+                "--export needs online steps, and a buffer that holds all of them (--buffer-size 0)"
+            )
+        for label in labels:
+            check_free(export_id(args, label))
+
+
+def export_id(args: Any, label: RunLabel) -> str:
+    """The Minari id under which `--export` writes one run's experience."""
+    setting = "".join("-" + re.sub(r"[^\w-]", "_", word.replace("=", "-")) for word in label.setting.split())
+    return f"{args.export}-seed{label.seed}{setting}-v0"

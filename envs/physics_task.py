@@ -1,0 +1,63 @@
+"""The base class of all tasks with a MuJoCo model. It works with every engine."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mujoco
+
+from ooo_rl.envs.base import Task
+from ooo_rl.envs.engines.physics import Body, Scene, make_engine, resolve
+
+__all__ = ["Body", "PhysicsTask", "Scene", "resolve"]
+
+
+class PhysicsTask(Task):
+    """A task whose inner state is, or contains, a `Body` of a MuJoCo model.
+
+    `root` names the body whose position (x, y) becomes `Body.place`. With None, `place` is the first
+    coordinate of qpos, which the rewards of planar bodies use. `frame_skip` is the number of physics steps
+    per environment step. Every actuator needs a control range: actions are mapped to it.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        frame_skip: int,
+        physics: str = "auto",
+        root: str | None = None,
+        scene: Scene | None = None,
+    ):
+        self.engine = make_engine(physics, model, frame_skip, root, scene)
+        self.model, self.frame_skip = model, frame_skip
+        self.dt = frame_skip * model.opt.timestep  # seconds of one environment step
+        self.control_low, self.control_high = model.actuator_ctrlrange.T
+
+    def control(self, action: jax.Array) -> jax.Array:
+        """Actuator controls [nu] of an action [nu] in [-1, 1]: the linear map to the control ranges."""
+        middle, half = (self.control_high + self.control_low) / 2, (self.control_high - self.control_low) / 2
+        return jnp.asarray(middle) + jnp.asarray(half) * action
+
+    def put(self, qpos: jax.Array, qvel: jax.Array) -> Body:
+        """A body at positions `qpos` [nq] and velocities `qvel` [nv].
+
+        Raises ValueError for other shapes, before they reach an engine.
+        """
+        wanted = (self.model.nq,), (self.model.nv,)
+        if (jnp.shape(qpos), jnp.shape(qvel)) != wanted:
+            raise ValueError(
+                f"{type(self).__name__} needs qpos {wanted[0]} and qvel {wanted[1]}, "
+                f"not {jnp.shape(qpos)} and {jnp.shape(qvel)}"
+            )
+        return self.engine.begin(jnp.asarray(qpos, float), jnp.asarray(qvel, float))
+
+    def reset_to(self, qpos: jax.Array, qvel: jax.Array) -> Any:
+        return self.begin(self.put(qpos, qvel))
+
+    @property
+    def action_size(self) -> int:
+        return self.model.nu
+
+    @property
+    def backend(self) -> str:
+        return self.engine.name

@@ -1,0 +1,188 @@
+"""What the house does for every script: training from Python, a user's own environment, starting from
+another run's agents.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ooo_rl import envs
+from ooo_rl.algos import iql
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs import settings
+from ooo_rl.data.runs.session import Session
+from ooo_rl.envs.base import Task
+
+SMALL = {
+    "env": "point-mass-wall", "hidden": (8, 8), "num_seeds": 2, "batch_size": 16, "num_envs": 8, "utd_ratio": 0.125,
+    "offline_steps": 20, "online_steps": 80, "eval_episodes": 1, "eval_every": 1000, "name": "it",
+}  # fmt: skip
+
+
+class Push(Task):
+    """Four steps along a line; the reward is what the action pushes."""
+
+    horizon, observation_size, action_size = 4, 1, 1
+
+    def start(self, key):
+        return jax.random.uniform(key, (1,))
+
+    def advance(self, inner, action):
+        return inner + 0.1 * action, action[0], jnp.bool_(False), jnp.bool_(False)
+
+    def observe(self, inner):
+        return inner
+
+
+@pytest.fixture
+def push():
+    envs.register("push", Push)
+    yield
+    envs._REGISTERED.pop("push")
+
+
+def test_a_registered_environment_trains_from_python_with_defaults_that_run(push, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notebook", "--not-ours"])
+    args = iql.Args(
+        env="push",
+        runs_dir=str(tmp_path),
+        **{k: v for k, v in SMALL.items() if k not in ("env", "offline_steps")},
+    )
+    assert args.offline_steps == 0  # it has no dataset of ours
+    result = iql.train(args)
+    assert result.folder == tmp_path / "iql" / "push" / "it" and sys.argv == ["notebook", "--not-ours"]
+    assert result.results == json.loads((result.folder / "result.json").read_text())
+    assert (
+        set(result.results["phases"]) == {"online"} and len(result.results["phases"]["online"]["return"]) == 2
+    )
+    assert result.agents["agent"].actor.params["params"]["MLP_0"]["Dense_0"]["kernel"].shape == (2, 1, 8)
+    assert json.loads((result.folder / "config.json").read_text())["command"] == "iql.train(args)"
+    again = iql.train(iql.Args(resume=str(result.folder)))
+    assert again.results["phases"] == result.results["phases"]
+    with pytest.raises(UsageError, match="num_seeds is 2 there and 3 here"):
+        iql.Args(resume=str(result.folder), num_seeds=3)
+
+
+MODULE = """
+import jax
+import jax.numpy as jnp
+from ooo_rl.envs.base import Task
+
+class Push(Task):
+    horizon, observation_size, action_size = 4, 1, 1
+    def start(self, key):
+        return jax.random.uniform(key, (1,))
+    def advance(self, inner, action):
+        return inner + 0.1 * action, action[0], jnp.bool_(False), jnp.bool_(False)
+    def observe(self, inner):
+        return inner
+"""
+
+
+def test_an_environment_of_ones_own_module_is_a_flag_even_beside_ones_own_data_py(tmp_path):
+    (tmp_path / "my_tasks.py").write_text(MODULE)
+    (tmp_path / "data.py").write_text("raise RuntimeError('the data module of the user')")
+    script = settings.__file__.replace("data/runs/settings.py", "algos/iql.py")
+    words = "--env my_tasks:Push --num-seeds 1 --online-steps 16 --hidden 8 --batch-size 8 --eval-episodes 1 --name it"
+    found = subprocess.run(
+        [sys.executable, script, *words.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "runs/iql/my_tasks.Push/it/result.json").exists()
+
+
+# --- starting from another run ---
+
+
+def opened(script, args):
+    """(session, state) of a run at its beginning: all that `train` does before the first chunk."""
+    session = Session(script.__name__.split(".")[-1], args, script.make_plan)
+    nets = script.make_nets(session)
+    (initialise,) = session.compile(session.static(nets), script.init_state)
+    given = {
+        "hyper": session.hyper,
+        "offline": session.offline,
+        "truncation": session.truncation,
+        "key": session.keys,
+    }
+    state = initialise(*(given[name] for name in initialise.names))
+    return session, session.begin(state, partial(script.act, nets))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Method -> (folder with a checkpoint, its state), made on demand."""
+    place, made = tmp_path_factory.mktemp("sources"), {}
+
+    def source(name):
+        if name not in made:
+            script = importlib.import_module(f"ooo_rl.algos.{name}")
+            session, state = opened(script, script.Args(**small(script), seed=3, runs_dir=str(place)))
+            host = {
+                "position": 0,
+                "metrics_bytes": 0,
+                "phases": {},
+                "failed": {},
+                "clock": {},
+                "agent": "agent",
+            }
+            session.checkpoints.save(0, state, host)
+            made[name] = session.path, state
+        return made[name]
+
+    return source
+
+
+def small(script, **changes):
+    values = {**SMALL, "critic_hidden": (8, 8)} | changes
+    return {name: value for name, value in values.items() if name in script.Args.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "agent", "taken", "anew"),
+    [
+        ("iql", "ooo_iql", "explorer", ("actor", "critic", "target_critic", "value"), ()),
+        ("iql", "pex", "agent", ("actor", "critic", "target_critic", "value"), ()),
+        ("cql", "sac", "agent", ("actor", "critic", "target_critic", "alpha"), ()),
+        ("cql", "cal_ql", "agent", ("actor", "critic", "target_critic", "alpha", "alpha_prime"), ()),
+        ("sac", "cql", "agent", ("actor", "critic", "target_critic", "alpha"), ("alpha_prime",)),
+        ("iql", "cql", "agent", (), ("actor", "critic", "target_critic", "alpha", "alpha_prime")),
+    ],
+)
+def test_init_from_takes_what_fits_and_says_so(sources, tmp_path, capsys, source, target, agent, taken, anew):
+    folder, theirs = sources(source)
+    script = importlib.import_module(f"ooo_rl.algos.{target}")
+    args = script.Args(**small(script, num_seeds=1), seed=4, init_from=str(folder), runs_dir=str(tmp_path))
+    if not taken:
+        with pytest.raises(
+            UsageError, match=r"nothing of its agent fits: actor \(of other shapes\).*config.json"
+        ):
+            opened(script, args)
+        assert not list(tmp_path.glob("*")), "a folder was made before the error"
+        return
+    _, state = opened(script, args)
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith(f"{agent} from"))
+    assert line.partition("): ")[2].partition(";")[0] == ", ".join(taken)
+    assert all(f"{name} (" in line for name in anew) and ("begins anew" in line) == bool(anew)
+    ours = getattr(state, agent)
+    for name in taken:  # seed 4 is the second of the source's
+        wanted = jax.tree.map(lambda x: np.asarray(x)[1:], getattr(theirs.agent, name))
+        jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), wanted)
+
+
+def test_init_from_refuses_what_is_no_start(sources, tmp_path):
+    folder, _ = sources("iql")
+    fails = lambda message, **changes: pytest.raises(UsageError, match=message)  # noqa: E731
+    with fails("that run has the seeds 3 to 4, not 0"):
+        opened(iql, iql.Args(**small(iql), init_from=str(folder), runs_dir=str(tmp_path)))
+    with fails("not a run's folder"):
+        opened(iql, iql.Args(**small(iql), init_from=str(tmp_path), runs_dir=str(tmp_path)))
+    assert not list(tmp_path.glob("iql/*"))
