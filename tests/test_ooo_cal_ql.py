@@ -205,7 +205,8 @@ def test_a_run_with_every_switch(tmp_path):
 )
 def test_settings_that_do_not_go_together(flags, message, tmp_path):
     """Refused before anything compiles and before a folder is made."""
-    args = ooo_cal_ql.Args(env="point-mass-wall", offline_steps=0, runs_dir=str(tmp_path), **flags)
+    steps = {"offline_steps": 0, "dataset": "own"}
+    args = ooo_cal_ql.Args(env="point-mass-wall", runs_dir=str(tmp_path), **steps, **flags)
     with pytest.raises(UsageError, match=message):
         ooo_cal_ql.train(args)
     assert not list(tmp_path.iterdir())

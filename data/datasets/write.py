@@ -31,6 +31,8 @@ def check_free(dataset_id: str) -> None:
         parse_dataset_id(dataset_id)
     except ValueError as error:
         raise DatasetError(str(error)) from None
+    except TypeError:  # newer versions of Minari convert a missing version before they look at it
+        raise DatasetError(f"Malformed dataset ID: {dataset_id}; it must end in -v0, -v1 ...") from None
     if exists(dataset_id):
         raise DatasetError(
             f"the dataset {dataset_id} exists already in {datasets_root()}; "
