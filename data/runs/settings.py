@@ -180,12 +180,14 @@ def _family(args_type: type, env: str, dataset: str, online_steps: int | str) ->
     """The settings in the script's table for an environment, or for a dataset if there is no environment.
 
     The table's keys are prefixes of names, or tuples of prefixes. A longer prefix wins over a shorter one.
-    A file is known by its folder's name and its own.
+    A file is known by its own name; the folders that it lies in say nothing.
     """
     env = _env(env, dataset, online_steps)
     name = dataset if env == "none" else env
     table = getattr(sys.modules[args_type.__module__], "FAMILIES", {})
-    words = [name, *pathlib.PurePath(name).parts, *pathlib.PurePath(name).stem.split("_")]
+    path = pathlib.PurePath(name)
+    is_file = path.suffix.lower() in (".npz", ".hdf5", ".h5")
+    words = [path.stem, *path.stem.split("_")] if is_file else [name, *path.parts]
     found: dict[str, Any] = {}
     if env != "none" and not envs.is_ours(env) and dataset == "auto":
         found["offline_steps"] = 0  # a user's own environment has no dataset of ours
