@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import iql
+from ooo_rl.algos import cql, iql
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import settings
 from ooo_rl.data.runs.session import Session
@@ -153,20 +153,13 @@ def small(script, **changes):
         ("cql", "sac", "agent", ("actor", "critic", "target_critic", "alpha"), ()),
         ("cql", "cal_ql", "agent", ("actor", "critic", "target_critic", "alpha", "alpha_prime"), ()),
         ("sac", "cql", "agent", ("actor", "critic", "target_critic", "alpha"), ("alpha_prime",)),
-        ("iql", "cql", "agent", (), ("actor", "critic", "target_critic", "alpha", "alpha_prime")),
+        ("iql", "cql", "agent", ("critic", "target_critic"), ("actor", "alpha", "alpha_prime")),
     ],
 )
 def test_init_from_takes_what_fits_and_says_so(sources, tmp_path, capsys, source, target, agent, taken, anew):
     folder, theirs = sources(source)
     script = importlib.import_module(f"ooo_rl.algos.{target}")
     args = script.Args(**small(script, num_seeds=1), seed=4, init_from=str(folder), runs_dir=str(tmp_path))
-    if not taken:
-        with pytest.raises(
-            UsageError, match=r"nothing of its agent fits: actor \(of other shapes\).*config.json"
-        ):
-            opened(script, args)
-        assert not list(tmp_path.glob("*")), "a folder was made before the error"
-        return
     _, state = opened(script, args)
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith(f"{agent} from"))
@@ -183,6 +176,11 @@ def test_init_from_refuses_what_is_no_start(sources, tmp_path):
     fails = lambda message, **changes: pytest.raises(UsageError, match=message)  # noqa: E731
     with fails("that run has the seeds 3 to 4, not 0"):
         opened(iql, iql.Args(**small(iql), init_from=str(folder), runs_dir=str(tmp_path)))
+    with fails(
+        r"nothing of its agent fits: actor \(of other shapes\), critic \(of other shapes\).*config.json"
+    ):
+        wide = small(cql, actor_hidden=(9,), critic_hidden=(9,), init_from=str(folder))
+        opened(cql, cql.Args(**wide, seed=3, runs_dir=str(tmp_path)))
     with fails("not a run's folder"):
         opened(iql, iql.Args(**small(iql), init_from=str(tmp_path), runs_dir=str(tmp_path)))
-    assert not list(tmp_path.glob("iql/*"))
+    assert not list(tmp_path.glob("*/*")), "a folder was made before the error"
