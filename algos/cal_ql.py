@@ -36,10 +36,10 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.returns import Returns, Rows, with_returns, without_returns
+from ooo_rl.data.returns import Returns, Rows, check_returns, with_returns, without_returns
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, grid, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
 
 @struct.dataclass
@@ -391,17 +391,17 @@ def make_plan(args: Args) -> list[Phase]:
     return [Phase("offline", 0, args.offline_steps), Phase("online", 0, args.online_steps, acts=True)]
 
 
+# as in sac.py
 def make_nets(session: Session) -> Nets:
-    """The networks, or the reason why the settings do not go together."""
+    """The networks."""
     args = session.args
-    if args.mc_bootstrap != "zero" and not (grid(args)[0].discount < 1).all():
-        raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
     return Nets(Actor(args.hidden, session.action_size), Critic(args.critic_hidden, 2, args.layer_norm))
 
 
 def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("cal_ql", args, make_plan)
+    check_returns(session)
     args, offline, hyper = session.args, session.offline, session.hyper
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
@@ -426,9 +426,10 @@ FAMILIES = {
         target_rate=0.02, offline_steps=6_000, online_steps=480_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, cql_weight=10, entropy_per_action=-2),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), critic_hidden=(16, 16), num_samples=3, random_steps=16),
     "probe": dict(
-        hidden=(32, 32), critic_hidden=(32, 32), offline_steps=0, online_steps=8_000, num_samples=4),
+        hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
+        target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=2, max_target_backup=False,
+        offline_steps=0, online_steps=3_000, random_steps=160),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": MAZE,
     "antmaze-large-goal-missing": dict(calibrate_random=True, online_steps=2_000_000),

@@ -403,9 +403,10 @@ FAMILIES = {
         target_rate=0.02, offline_steps=6_000, online_steps=480_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, max_target_backup=True, cql_weight=10, entropy_per_action=-2),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), critic_hidden=(16, 16), num_samples=3, random_steps=16),
     "probe": dict(
-        hidden=(32, 32), critic_hidden=(32, 32), offline_steps=0, online_steps=8_000, num_samples=4),
+        hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
+        target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=4, offline_steps=0,
+        online_steps=3_000, random_steps=160),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": MAZE,
     "maze2d": dict(**MAZE, offline_steps=500_000),

@@ -12,7 +12,7 @@ locomotion, only to the data's. As there, the policy's learning rate decays to 0
 offline, and stays constant otherwise.
 
     python algos/iql.py    # point mass: success 1.0 in 64 steps, 2 minutes on two CPU cores
-    python algos/iql.py --dataset door_human_replayed.npz --online-steps 0    # 25 human door demonstrations
+    python algos/iql.py --env door --dataset door_human_replayed.npz --online-steps 0    # 25 human episodes
 """
 
 from collections import namedtuple
@@ -144,9 +144,7 @@ class Agent:
 def init_agent(nets: Nets, example: Transition, key: jax.Array) -> Agent:
     keys, obs, action = jax.random.split(key, 3), example.obs[None], example.action[None]
     critic = Learner.create(nets.critic.init(keys[1], obs, action))
-    actor, value = (
-        Learner.create(net.init(k, obs)) for net, k in ((nets.actor, keys[0]), (nets.value, keys[2]))
-    )
+    actor, value = (Learner.create(net.init(k, obs)) for net, k in zip((nets.actor, nets.value), keys[::2]))
     return Agent(actor, critic, jax.tree.map(jnp.copy, critic.params), value)
 
 
@@ -304,8 +302,9 @@ FAMILIES = {
         hidden=(64, 64), expectile=0.9, temperature=3, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3,
         target_rate=0.02, offline_steps=6_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16)),
-    "probe": dict(hidden=(32, 32), offline_steps=0, online_steps=8_000),
+    "probe": dict(
+        hidden=(32, 32), discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3, critic_lr=3e-3,
+        value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000),
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),

@@ -1,7 +1,6 @@
 """OOO on Cal-QL: explore with an optimistic policy, then retrain a pessimistic one from scratch on all data.
 
-Offline-to-Online-to-Offline RL (Mark et al., arXiv 2310.08558): Cal-QL (cal_ql.py) gathers data; the policy
-that is handed over is CQL's (cql.py), which has no floor under the values that it pushes down.
+Mark et al. (arXiv 2310.08558). Cal-QL (cal_ql.py) gathers data; CQL (cql.py), without floors, is handed over.
 
 1. pre-train  The explorer, Cal-QL, learns from the offline data, with r + c * bonus in place of r.
 2. explore    It acts and learns online, drawn by the bonus to what is new: RND's error.
@@ -29,10 +28,10 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
-from ooo_rl.data.returns import Returns, Rows, with_returns, without_returns
+from ooo_rl.data.returns import Returns, Rows, check_returns, with_returns, without_returns
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, grid, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
 
 @struct.dataclass
@@ -492,8 +491,6 @@ def make_plan(args: Args) -> list[Phase]:
 def make_nets(session: Session) -> Nets:
     """The networks, or the reason why the settings do not go together."""
     args, exploiter_hidden = session.args, session.args.retrain_critic_hidden or session.args.critic_hidden
-    if args.mc_bootstrap != "zero" and not (grid(args)[0].discount < 1).all():
-        raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
     if args.retrain_ratio >= 0 and 0 in args.retrain_at and args.online_steps:
         raise UsageError("--retrain-at 0 has no online rows yet: it needs --retrain-ratio -1")
     if args.sync_explorer and exploiter_hidden != args.critic_hidden:
@@ -506,6 +503,7 @@ def make_nets(session: Session) -> Nets:
 def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("ooo_cal_ql", args, make_plan)
+    check_returns(session)
     args, offline, hyper = session.args, session.offline, session.hyper
     nets, functions = make_nets(session), (init_state, pretrain_chunk, explore_chunk, retrain_chunk)
     initialise, pretrain, explore, retrain = session.compile(session.static(nets), *functions)
@@ -530,17 +528,17 @@ def train(args: Args) -> Result:
 
 
 # The settings of OOO's and Cal-QL's code by environment family; those of the point mass are ours.
+LIGHT = dict(hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3)
 MAZE = dict(critic_hidden=(256,) * 4, lagrange=True, reward_scale=10, reward_bias=-5)
 HAND = dict(hidden=(512, 512), critic_hidden=(512, 512, 512), cql_weight=1, offline_steps=20_000)
 FAMILIES = {
     "point-mass-wall": dict(
-        hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
-        target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
+        **LIGHT, target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, retrain_steps=12_000, cql_weight=10, entropy_per_action=-2, upsample=8 / 256),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), critic_hidden=(16, 16), num_samples=3, retrain_steps=80),
     "probe": dict(
-        hidden=(32, 32), critic_hidden=(32, 32), offline_steps=0, online_steps=8_000, retrain_steps=1_000),
+        **LIGHT, target_rate=0.05, intrinsic="none", discount=0.9, entropy_per_action=-3, cql_weight=0.01,
+        num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(**MAZE, intrinsic_coef=50, online_steps=2_000_000),
     "maze2d": dict(

@@ -163,9 +163,7 @@ class Agent:
 def init_agent(nets: Nets, example: Transition, key: jax.Array) -> Agent:
     keys, obs, action = jax.random.split(key, 3), example.obs[None], example.action[None]
     critic = Learner.create(nets.critic.init(keys[1], obs, action))
-    actor, value = (
-        Learner.create(net.init(k, obs)) for net, k in ((nets.actor, keys[0]), (nets.value, keys[2]))
-    )
+    actor, value = (Learner.create(net.init(k, obs)) for net, k in zip((nets.actor, nets.value), keys[::2]))
     return Agent(actor, critic, jax.tree.map(jnp.copy, critic.params), value)
 
 
@@ -206,9 +204,8 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
-    losses = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q}
-    metrics = {**losses, "q": q.mean(), "adv": (q - v).mean(), "bonus": bonus.mean()}
-    return Agent(actor, critic, target_critic, value), metrics
+    metrics = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q, "bonus": bonus.mean()}
+    return Agent(actor, critic, target_critic, value), {**metrics, "q": q.mean(), "adv": (q - v).mean()}
 
 
 def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -450,8 +447,10 @@ FAMILIES = {
         temperature=5, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3, target_rate=0.05, upsample=8 / 256,
         offline_steps=5_000, online_steps=2_880_000, num_envs=48, utd_ratio=1 / 48, retrain_steps=24_000),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), retrain_steps=80),
-    "probe": dict(hidden=(32, 32), offline_steps=0, online_steps=8_000, retrain_steps=1_000),
+    "probe": dict(
+        hidden=(32, 32), intrinsic="none", discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3,
+        critic_lr=3e-3, value_lr=3e-3, target_rate=0.05, offline_steps=0, online_steps=3_000,
+        retrain_steps=3_000),
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000, offline_steps=1_000_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(

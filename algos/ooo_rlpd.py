@@ -530,12 +530,10 @@ FAMILIES = {
         target_rate=0.02, backup_entropy=0, online_steps=96_000, num_envs=48, utd_ratio=1 / 6, policy_every=4,
         random_steps=4_800, rnd_units=64),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(
-        hidden=(16, 16), critic_hidden=(16, 16), random_steps=16, ensemble=3, target_subset=2, policy_every=2,
-        rnd_units=16, retrain_steps=80),
     "probe": dict(
-        hidden=(32, 32), critic_hidden=(32, 32), online_steps=8_000, random_steps=0, utd_ratio=1,
-        policy_every=2),
+        hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
+        critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, entropy_per_action=-3, backup_entropy=0, ensemble=5,
+        policy_every=2, online_steps=3_000, utd_ratio=2, random_steps=160, retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(upsample=32 / 288),
     ("antmaze", "maze2d"): dict(**GOAL, reward_bias=-1, upsample=8 / 256),
     ("door", "pen", "relocate"): GOAL,

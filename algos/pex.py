@@ -157,9 +157,7 @@ class Agent:
 def init_agent(nets: Nets, example: Transition, key: jax.Array) -> Agent:
     keys, obs, action = jax.random.split(key, 3), example.obs[None], example.action[None]
     critic = Learner.create(nets.critic.init(keys[1], obs, action))
-    actor, value = (
-        Learner.create(net.init(k, obs)) for net, k in ((nets.actor, keys[0]), (nets.value, keys[2]))
-    )
+    actor, value = (Learner.create(net.init(k, obs)) for net, k in zip((nets.actor, nets.value), keys[::2]))
     return Agent(actor, critic, jax.tree.map(jnp.copy, critic.params), value)
 
 
@@ -412,8 +410,10 @@ FAMILIES = {
         target_rate=0.02, offline_steps=6_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         learning_starts=4_800),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), learning_starts=16),
-    "probe": dict(hidden=(32, 32), offline_steps=0, online_steps=8_000, learning_starts=0),
+    "probe": dict(
+        hidden=(32, 32), discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3, critic_lr=3e-3,
+        value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000,
+        learning_starts=160),
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(expectile=0.9, temperature=10),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
     "maze2d": dict(

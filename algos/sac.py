@@ -321,8 +321,9 @@ FAMILIES = {
         hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
         target_rate=0.02, online_steps=960_000, num_envs=48, utd_ratio=1 / 48, random_steps=4_800),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), critic_hidden=(16, 16), random_steps=16),
-    "probe": dict(hidden=(32, 32), critic_hidden=(32, 32), online_steps=8_000, random_steps=0),
+    "probe": dict(
+        hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
+        target_rate=0.05, entropy_per_action=-3, backup_entropy=0, online_steps=3_000, random_steps=160),
     "antmaze": dict(reward_bias=-1),
     "maze2d": dict(reward_bias=-1, online_steps=500_000),
 }  # fmt: skip

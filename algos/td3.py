@@ -471,8 +471,9 @@ FAMILIES = {
         hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02,
         intrinsic_coef=10, online_steps=960_000, num_envs=48, utd_ratio=1 / 48, random_steps=4_800),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "tiny": dict(hidden=(16, 16), critic_hidden=(16, 16), random_steps=16, retrain_steps=80),
-    "probe": dict(hidden=(32, 32), critic_hidden=(32, 32), online_steps=8_000, random_steps=0),
+    "probe": dict(
+        hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3,
+        target_rate=0.05, online_steps=3_000, random_steps=160),
     "antmaze": dict(
         reward_bias=-1, intrinsic_coef=10, online_steps=1_500_000, upsample=8 / 256, random_steps=0),
     "maze2d": dict(reward_bias=-1, intrinsic_coef=10, online_steps=500_000, random_steps=0),

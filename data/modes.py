@@ -20,14 +20,24 @@ def usual_promotion() -> Iterator[None]:
         yield
 
 
-def check_devices() -> None:
-    """Raises UsageError if JAX has no device to run on, with the reason."""
+def use_float32() -> None:
+    """Takes back JAX_ENABLE_X64 in a process that is ours: all programs compute in float32."""
+    jax.config.update("jax_enable_x64", False)
+
+
+def check_jax() -> None:
+    """Raises UsageError if JAX computes in 64 bits, or has no device to run on, with the reason."""
+    if jax.config.jax_enable_x64:
+        raise UsageError(
+            "JAX is set to 64 bits, and our programs compute in float32: unset JAX_ENABLE_X64, or call "
+            'jax.config.update("jax_enable_x64", False) before training'
+        )
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the second one where a platform's plugin is not there
         asked = os.environ.get("JAX_PLATFORMS", "")
         advice = f"unset JAX_PLATFORMS, which is {asked!r}, or" if asked else "look at its installation:"
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), "none of those asked for")
         raise UsageError(
             f"JAX finds no device to run on ({reason}); {advice} pip install 'jax[cuda12]' for a GPU"
         ) from None
@@ -42,6 +52,6 @@ def check_xla_flags() -> None:
         [sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, text=True
     )
     lines = [line for line in asked.stderr.splitlines() if "nknown flag" in line]
-    if asked.returncode < 0 and lines:
+    if asked.returncode and lines:
         unknown = lines[0].partition("XLA_FLAGS:")[2].strip() or lines[0]
         raise UsageError(f"XLA_FLAGS: this version of XLA does not know {unknown}; take it out of XLA_FLAGS")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ooo_rl.data.buffer import Transition, size
+from ooo_rl.data.errors import UsageError
 from ooo_rl.envs.base import State
 
 
@@ -46,6 +47,18 @@ def value_after(hyper: Any, reward: jax.Array, truncation: jax.Array, least: jax
     if bootstrap == "zero":
         return jnp.zeros_like(reward)
     return truncation * (reward if bootstrap == "last" else least) / (1 - hyper.discount)
+
+
+def check_returns(session: Any) -> None:
+    """Raises UsageError if the returns of a run's rows cannot be known: by its settings, or by its data."""
+    args, card = session.args, session.card
+    if args.mc_bootstrap != "zero" and (session.hyper.discount >= 1).any():
+        raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
+    if card.get("ordered") is False:
+        raise UsageError(
+            f"--dataset {card['id']}: its rows are in no order, so the return of an episode cannot be known; "
+            "learn from it with algos/cql.py or algos/iql.py"
+        )
 
 
 @struct.dataclass

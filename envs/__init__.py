@@ -29,6 +29,7 @@ _JAX_TASKS = {  # written in JAX by hand, without a physics engine
     "probe-delayed-reward": probes.DelayedReward,
     "probe-action-reward": probes.ActionReward,
     "probe-match-obs": probes.MatchObs,
+    "probe-all": probes.AllProbes,
     **{f"maze2d-{maze}": partial(maze2d.Maze2D, maze) for maze in maze2d.MAZES},
     **{f"maze2d-{maze}-dense": partial(maze2d.Maze2D, maze, "dense") for maze in maze2d.MAZES},
     "maze2d-large-missing-data": partial(maze2d.Maze2D, "large"),

@@ -2,7 +2,8 @@
 
 Each one isolates one thing that a learner must get right. The idea is Andy Jones's
 (andyljones.com/posts/rl-debugging.html), here with continuous actions. A learner that fails a probe is wrong
-in the part that the probe names. A learner that passes all five can be tried on a real task.
+in the part that the probe names. A learner that passes all five can be tried on a real task. `AllProbes` asks
+all five questions in one run.
 """
 
 import jax
@@ -81,3 +82,29 @@ class MatchObs(Probe):
 
     def payoff(self, inner: jax.Array, action: jax.Array) -> jax.Array:
         return 1 - (action[0] - inner[0]) ** 2
+
+
+class AllProbes(Task):
+    """Each episode plays one of the five; the observation is the probe's own and, one-hot, which one it is.
+
+    So one run of a learner answers for all five.
+    """
+
+    horizon = 10
+    probes = (ConstantReward(), RewardIsObs(), DelayedReward(), ActionReward(), MatchObs())
+    observation_size, action_size = 1 + len(probes), 1
+
+    def start(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(Number of the probe [], its own state [1])."""
+        which_key, start_key = jax.random.split(key)
+        which = jax.random.randint(which_key, (), 0, len(self.probes))
+        return which, jax.lax.switch(which, [probe.start for probe in self.probes], start_key)
+
+    def advance(self, inner: tuple[jax.Array, jax.Array], action: jax.Array):
+        which, state = inner
+        state, *outcome = jax.lax.switch(which, [probe.advance for probe in self.probes], state, action)
+        return (which, state), *outcome
+
+    def observe(self, inner: tuple[jax.Array, jax.Array]) -> jax.Array:
+        which, state = inner
+        return jnp.concatenate([state, jax.nn.one_hot(which, len(self.probes))])

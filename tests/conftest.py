@@ -26,3 +26,11 @@ def minari_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Each file goes to one of the processes as a whole; the contract of algos/, method by method."""
+    for item in items:
+        script = getattr(item, "callspec", None) and item.callspec.params.get("script")
+        group = f"{item.path.stem}-{script}" if item.path.stem == "test_algos" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -1,8 +1,9 @@
 """One contract for every file of algos/: its parts and settings, what a tiny run leaves behind, and that a
 run is its seeds and settings.
 
-Files are found by themselves. Each makes two tiny runs, which its tests share: two seeds at two discounts,
-and one of these four alone.
+Files are found by themselves. Each compiles once, for a run whose parts all tests here look at: two seeds at
+two discounts, on the five probes, whose values and best actions are known by hand. The data lack one of the
+probes, which can be learnt online alone. Two short runs of the same programs follow it.
 """
 
 import ast
@@ -10,11 +11,13 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import pathlib
 import re
 import sys
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -22,7 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from probing import check, random_rows
 from test_run import check_schema, rows_of
+from training import trained
 
 from ooo_rl import envs
 from ooo_rl.data import policy
@@ -35,11 +40,11 @@ from ooo_rl.data.runs.program import Compiled
 REPO = pathlib.Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (REPO / "algos").glob("*.py") if p.stem != "__init__")
 DATASETS = ("kitchen",)  # families of settings that belong to data, not to an environment of ours
-TINY = {  # the house's settings of a tiny run: phases are two chunks long, each of ten steps or more
-    "env": "point-mass-wall", "batch_size": 32, "num_envs": 8, "utd_ratio": 0.25, "offline_steps": 80,
-    "online_steps": 160, "eval_episodes": 2, "eval_every": 1000, "checkpoint_every": 40,
-}  # fmt: skip
-DISCOUNTS = (0.9, 0.99)
+DISCOUNTS = (0.8, 0.9)
+UNSEEN = ("match obs",)  # the probe that the data lack
+STEPS, CHUNK = 1_600, 80  # of each phase
+TASK = {"env": "probe-all", "batch_size": 64, "eval_episodes": 2, "name": "it"}
+TASK |= {"num_seeds": 2, "sweep": ("discount=" + ",".join(map(str, DISCOUNTS)),), "eval_every": CHUNK}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -124,10 +129,10 @@ def fits(value, kind):
 
 def test_settings_of_families_are_settings_of_the_script(script):
     kinds, families = kinds_of(script), families_of(script)
-    assert {"point-mass-wall", "probe", "tiny"} <= families.keys()
+    assert {"point-mass-wall", "probe"} <= families.keys()
     for family, found in families.items():
         known = any(name.startswith(family) for name in envs.names()) or family.startswith(DATASETS)
-        assert known or family == "tiny", f"{family} is a prefix of nothing"
+        assert known, f"{family} is a prefix of nothing"
         for name, value in found.items():
             assert name in kinds, f"{family}: there is no setting {name}"
             assert name not in ("env", "hyper", "resume", "name"), (
@@ -199,66 +204,53 @@ def test_help_shows_what_is_in_force(script, monkeypatch, capsys, env):
             assert len(entry) > len(name) + len(shown) + 25, f"{entry}: no word of what it is"
 
 
-# --- a tiny run ---
+# --- a run ---
 
 
-class Watched(Compiled):
-    """Compiled, counting its traces and its calls by static arguments."""
-
-    def __init__(self, function, *arguments, **more):
-        self.traces, self.calls = 0, Counter()
-
-        def traced(*inputs, **static):
-            self.traces += 1
-            return function(*inputs, **static)
-
-        traced.__signature__ = inspect.signature(function)
-        super().__init__(traced, *arguments, **more)
-
-    def __call__(self, *arguments, **static):
-        self.calls[tuple(static.items())] += 1
-        return super().__call__(*arguments, **static)
-
-
-def run(script, runs_dir, whole=True, **changes):
-    """A finished run: its folder, networks and programs, and what `train` returned. If not `whole`, it is
-    trained and nothing else.
-    """
-    programs, nets, make_nets = [], [], script.make_nets
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "make_nets", lambda *inputs: nets.append(make_nets(*inputs)) or nets[-1])
-        patch.setattr(session, "Compiled", lambda *a, **k: programs.append(Watched(*a, **k)) or programs[-1])
-        if not whole:
-            patch.setattr(session, "Evaluator", lambda *_: SimpleNamespace(possible=False))
-            patch.setattr(session.Session, "conclude", lambda self, *_, **__: self.folder.metrics.close())
-        values = TINY | script.FAMILIES["tiny"] | changes
-        result = script.train(script.Args(**values, runs_dir=str(runs_dir), name="it"))
-    folder = runs_dir / name_of(script) / "point-mass-wall" / "it"
-    return SimpleNamespace(folder=folder, nets=nets[-1], programs=programs, result=result)
+def settings_of(script, steps, **changes):
+    """The settings of a run whose phases all have `steps` steps."""
+    names = [
+        name for name in ("offline_steps", "online_steps", "retrain_steps") if hasattr(script.Args, name)
+    ]
+    args = TASK | dict.fromkeys(names, steps) | {"checkpoint_every": STEPS // 2} | changes
+    if not any(phase.name == "offline" for phase in script.make_plan(script.Args(**args))):
+        args["offline_steps"] = 0  # it has no such phase
+    return args
 
 
 @pytest.fixture(scope="module")
-def together(script, tmp_path_factory):
+def rows(tmp_path_factory):
+    return random_rows(tmp_path_factory.mktemp("rows") / "random.npz", without=UNSEEN)
+
+
+@pytest.fixture(scope="module")
+def together(script, rows, tmp_path_factory):
     """Seeds 0 and 1, at both discounts: runs 0 to 3 are the seeds at the one discount, then at the other."""
-    values = ",".join(map(str, DISCOUNTS))
-    return run(script, tmp_path_factory.mktemp("together"), num_seeds=2, sweep=(f"discount={values}",))
+    place = tmp_path_factory.mktemp("together")
+    return trained(script, **settings_of(script, STEPS), dataset=rows, runs_dir=str(place))
+
+
+def short_run(script, place, rows, seed, like=None):
+    """One chunk of each phase, two of the online one, from `seed` on; its ring is that of the long run."""
+    steps = {"online_steps": 2 * CHUNK, "buffer_size": STEPS, "checkpoint_every": CHUNK, "seed": seed}
+    args = settings_of(script, CHUNK, **steps, dataset=rows, runs_dir=str(place))
+    return trained(script, whole=False, like=like, **args).result.folder
 
 
 @pytest.fixture(scope="module")
-def alone(script, tmp_path_factory):
-    """Seed 1 at the first discount."""
-    return run(
-        script, tmp_path_factory.mktemp("alone"), whole=False, num_seeds=1, seed=1, discount=DISCOUNTS[0]
-    )
+def short(script, rows, together, tmp_path_factory):
+    """Folders of two short runs: of the seeds 0 and 1, and of the seeds 1 and 2."""
+    return [short_run(script, tmp_path_factory.mktemp(f"from{k}"), rows, k, together) for k in (0, 1)]
 
 
 def phases_of(script):
-    """The phases of a tiny run, in their order."""
-    args = script.Args(**TINY, **script.FAMILIES["tiny"])
-    return tuple(dict.fromkeys(phase.name for phase in script.make_plan(args) if phase.end > phase.start))
+    """The phases of the run, in their order."""
+    plan = script.make_plan(script.Args(**settings_of(script, STEPS)))
+    return tuple(dict.fromkeys(phase.name for phase in plan if phase.end > phase.start))
 
 
-LABELS = [(seed, f"discount={d}") for d in DISCOUNTS for seed in (0, 1)]
+SETTINGS = [f"discount={d}" for d in DISCOUNTS]
+LABELS = [(seed, setting) for setting in SETTINGS for seed in (0, 1)]
 
 
 def checkpoint_of(folder):
@@ -269,22 +261,33 @@ def checkpoint_of(folder):
 
 
 def test_a_run_leaves_its_record(script, together):
-    result = check_schema(together.folder, name_of(script), phases_of(script), runs=4)
+    result = check_schema(together.result.folder, name_of(script), phases_of(script), 4, "probe-all")
     assert result["seeds"] == [0, 1, 0, 1] and result["failed"] == {} and result["broken_worlds"] == 0
-    assert [s["setting"] for s in result["settings"]] == [f"discount={d}" for d in DISCOUNTS]
-    for name in ("success", "return", "length", "q", "map"):
-        assert (together.folder / "figures" / f"{name}.png").stat().st_size > 1000
-    assert (together.folder / "figures" / "framework.png").exists() == ("retrained" in phases_of(script))
-    config = json.loads((together.folder / "config.json").read_text())
+    assert [s["setting"] for s in result["settings"]] == SETTINGS
+    learns_q = any(row["metric"] == "q" for row in rows_of(together.result.folder))
+    for name in ("success", "return", "length", *["q"] * learns_q):
+        assert (together.result.folder / "figures" / f"{name}.png").stat().st_size > 1000
+    config = json.loads((together.result.folder / "config.json").read_text())
     args = settings.from_json(script.Args, config["settings"])
     assert config["method"] == name_of(script) and args.name == "it" and config["format"] == settings.FORMAT
-    assert checkpoint_of(together.folder)["key"].shape == (4, 2)
+    assert checkpoint_of(together.result.folder)["key"].shape == (4, 2)
+
+
+def test_it_solves_the_probes(script, together):
+    """What the data show after the offline phase, and all of them after each later one."""
+    assert together.ended.keys() == set(phases_of(script))
+    for phase, (agents, actors) in together.ended.items():
+        for r, (seed, setting) in enumerate(LABELS):
+            agent, actor = jax.tree.map(lambda x, r=r: x[r], (agents, actors))
+            unseen, discount = UNSEEN if phase == "offline" else (), DISCOUNTS[r // 2]
+            act = partial(together.act, actor)
+            check(together.nets, agent, act, discount, f"{phase}, seed {seed}, {setting}", unseen)
 
 
 def test_train_returns_folder_results_and_agents(script, together):
-    assert together.result.folder == together.folder
-    assert together.result.results == json.loads((together.folder / "result.json").read_text())
-    saved = checkpoint_of(together.folder)
+    assert together.result.folder == together.result.folder
+    assert together.result.results == json.loads((together.result.folder / "result.json").read_text())
+    saved = checkpoint_of(together.result.folder)
     assert together.result.agents
     for name, agent in together.result.agents.items():
         for ours, theirs in zip(
@@ -293,21 +296,17 @@ def test_train_returns_folder_results_and_agents(script, together):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_metrics_are_tidy_and_tell_the_mean_q(script, together):
-    rows = rows_of(together.folder)
+def test_metrics_are_tidy_and_there_after_each_chunk(script, together):
+    rows = rows_of(together.result.folder)
     keys = [tuple(row[k] for k in ("phase", "step", "seed", "setting", "metric")) for row in rows]
     assert len(keys) == len(set(keys)) and all(np.isfinite(float(row["value"])) for row in rows)
-    steps = {"offline": [40, 80], "online": [40, 80, 120, 160], "retrained": [40, 80]}
-    phases = phases_of(script)
-    found = {
-        phase: {
-            (int(r["step"]), int(r["seed"]), r["setting"])
-            for r in rows
-            if (r["phase"], r["metric"]) == (phase, "q")
-        }
-        for phase in phases
-    }
-    assert found == {phase: {(step, *label) for step in steps[phase] for label in LABELS} for phase in phases}
+    learning = Counter(
+        (r["phase"], int(r["step"]), int(r["seed"]), r["setting"]) for r in rows if "eval/" not in r["metric"]
+    )
+    steps = range(CHUNK, STEPS + 1, CHUNK)
+    assert learning.keys() == set(itertools.product(phases_of(script), steps, (0, 1), SETTINGS))
+    for phase in phases_of(script):
+        assert len({n for (name, *_), n in learning.items() if name == phase}) == 1, f"{phase}: all or none"
 
 
 def test_each_phase_is_one_program_for_all_seeds_settings_and_chunks(script, together):
@@ -315,7 +314,7 @@ def test_each_phase_is_one_program_for_all_seeds_settings_and_chunks(script, tog
     assert len(chunks) == len(phases_of(script))
     for program in chunks:
         assert len(program.calls) == len(program.programs) == program.traces == 1
-        assert min(program.calls.values()) >= 2
+        assert sum(program.calls.values()) == STEPS // CHUNK
     assert all(program.traces <= 1 for program in together.programs)
 
 
@@ -327,8 +326,8 @@ def actors_of(state):
 
 
 def test_saved_policies_are_those_of_the_last_checkpoint(script, together):
-    obs = np.random.default_rng(0).uniform(0, 1, (20, 2)).astype(np.float32)
-    actors, folder = actors_of(checkpoint_of(together.folder)), together.folder / "policies"
+    obs = np.random.default_rng(0).uniform(0, 1, (20, 6)).astype(np.float32)
+    actors, folder = actors_of(checkpoint_of(together.result.folder)), together.result.folder / "policies"
     nets = (
         together.nets
         if hasattr(together.nets, "actor")
@@ -361,27 +360,49 @@ def values_of(folder, seed, setting):
     }
 
 
-def test_a_seed_and_setting_among_others_is_that_one_alone(script, together, alone):
-    ours, theirs = values_of(together.folder, *LABELS[1]), values_of(alone.folder, 1, "")
-    assert theirs.keys() == {key for key in ours if not key[2].startswith("eval/")}
-    for key, value in theirs.items():
-        np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4, err_msg=str(key))
-    for other in (LABELS[0], LABELS[3]):  # another seed; another discount
-        values = values_of(together.folder, *other)
-        assert max(abs(values[key] - theirs[key]) for key in theirs if key[2] == "q") > 1e-3, (
-            f"{other} does not differ"
-        )
+def test_a_run_is_its_seed_and_setting_whatever_runs_beside_it(short):
+    """Seed 1 beside seed 0 is that beside seed 2; the others differ."""
+    for setting in SETTINGS:
+        ours, theirs = (values_of(folder, 1, setting) for folder in short)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4, err_msg=str(key))
+    values = {label: values_of(short[0], *label) for label in LABELS}
+    learns_q = any(metric == "q" for *_, metric in values[LABELS[0]])
+    for other in (LABELS[0], *[LABELS[3]] * learns_q):  # another seed; another discount
+        apart = (abs(values[other][key] - value) for key, value in values[LABELS[1]].items())
+        assert max(apart) > 1e-3, other
 
 
-def test_learning_is_what_it_was(script, together):
-    """Metrics of the tiny run as they were recorded: a change of a loss, of the keys' use or of JAX shows
+def test_a_run_that_stops_goes_on_to_the_same_bits(script, rows, together, short, tmp_path):
+    """It stops in the midst of its online phase and of episodes, after a checkpoint there."""
+    after = session.Session.after
+
+    def stop(self, chunk, *arguments):
+        middle = [c for c in self.plan if c.acts] or self.plan
+        if chunk == middle[-1]:
+            raise KeyboardInterrupt
+        after(self, chunk, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session.Session, "after", stop)
+        short_run(script, tmp_path, rows, 0, together)
+    folder = tmp_path / short[0].relative_to(short[0].parents[2])
+    stopped = len((folder / "metrics.csv").read_bytes())
+    trained(script, whole=False, like=together, resume=str(folder))
+    assert (folder / "metrics.csv").read_bytes() == (short[0] / "metrics.csv").read_bytes()
+    assert stopped < (folder / "metrics.csv").stat().st_size
+
+
+def test_learning_is_what_it_was(script, short):
+    """Metrics of the short run as they were recorded: a change of a loss, of the keys' use or of JAX shows
     here.
 
     `python tests/test_algos.py` records them anew, for a change that is wanted.
     """
     with np.load(GOLDEN, allow_pickle=False) as golden:
         keys, values = golden[f"{name_of(script)}/keys"], golden[f"{name_of(script)}/values"]
-    ours = golden_rows(together.folder)
+    ours = golden_rows(short[0])
     assert list(ours) == [str(key) for key in keys]
     np.testing.assert_allclose(list(ours.values()), values, rtol=GOLDEN_TOLERANCE, atol=GOLDEN_TOLERANCE)
 
@@ -400,12 +421,11 @@ def golden_rows(folder):
 
 
 def record_golden(place):
-    """Writes GOLDEN: the tiny runs of all methods, `runs` as the fixture `together` makes them."""
-    arrays = {}
+    """Writes GOLDEN: the short runs of all methods."""
+    arrays, rows = {}, random_rows(place / "random.npz", without=UNSEEN)
     for name in NAMES:
         script = importlib.import_module(f"ooo_rl.algos.{name}")
-        values = ",".join(map(str, DISCOUNTS))
-        found = golden_rows(run(script, place, num_seeds=2, sweep=(f"discount={values}",)).folder)
+        found = golden_rows(short_run(script, place, rows, 0))
         arrays |= {f"{name}/keys": np.array(list(found)), f"{name}/values": np.float32(list(found.values()))}
     np.savez_compressed(GOLDEN, **arrays)
 

@@ -1,4 +1,4 @@
-"""Cal-QL against plain NumPy, its returns against sums row by row, its parts on probes, its resumption."""
+"""Cal-QL against plain NumPy, its returns against sums row by row, its floor."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import double
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
-from test_cql import PROBE, TRACED, Reference, check_update, make_cql
+from test_cql import TRACED, Reference, check_update, make_cql
 from test_sac import static_of
 
 from ooo_rl.algos import cal_ql, cql
 from ooo_rl.data import returns
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.session import Session
-from ooo_rl.data.runs.settings import parse
+from ooo_rl.data.runs.sweep import grid
 from ooo_rl.envs.base import Task
 
 # --- losses and update ---
@@ -241,24 +239,6 @@ def test_online_rows_of_an_environment_get_their_returns():
 
 # --- what it learns ---
 
-FEW = {"num_samples": 2, "max_target_backup": False}
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_cal_ql_offline(name):
-    flags = settings(cal_ql, name, PROBE, online_steps=0, offline_steps=STEPS, **FEW)
-    probing = Probing(cal_ql, flags, random_data(name))
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_cal_ql_online(name):
-    online = {"online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125}
-    probing = Probing(cal_ql, settings(cal_ql, name, PROBE, **online, random_steps=800, **FEW))
-    probing.run("finetune", STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-
 
 def test_what_lies_below_the_floor_is_pushed_no_further():
     """There the soft maximum has no slope: the data's own Q is left. Without a floor the loss is CQL's."""
@@ -283,39 +263,13 @@ def test_what_lies_below_the_floor_is_pushed_no_further():
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(own))) > 0.1
 
 
-# --- as a program ---
+def test_what_has_no_returns_is_refused():
+    def session(ordered=True, **flags):
+        args = static_of(cal_ql, sweep=("discount=0.9,1",), **flags).args
+        return SimpleNamespace(args=args, hyper=grid(args)[0], card={"id": "mine", "ordered": ordered})
 
-TINY = (
-    "--env point-mass-wall --hidden 8 8 --critic-hidden 8 8 --num-seeds 2 --batch-size 16 --offline-steps 20 "
-    "--online-steps 320 --num-envs 8 --utd-ratio 0.125 --num-samples 2 --eval-episodes 1 --eval-every 1000 "
-    "--checkpoint-every 80 --name it --runs-dir"
-)
-
-
-def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    run = lambda *flags: cal_ql.train(parse(cal_ql.Args, list(flags))).folder  # noqa: E731
-    whole = run(*TINY.split(), str(tmp_path / "whole"))
-    after, calls = Session.after, []
-
-    def stop(self, chunk, *arguments):
-        if len(calls) == 3:  # in the midst of exploration, and of episodes, with a checkpoint behind it
-            raise KeyboardInterrupt
-        calls.append(chunk)
-        return after(self, chunk, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "after", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(*TINY.split(), str(tmp_path / "stopped"))
-    assert calls[-1].phase == "online" and calls[-1].start + calls[-1].length < 320
-    stopped = tmp_path / "stopped" / "cal_ql" / "point-mass-wall" / "it"
-    assert run("--resume", str(stopped)) == stopped
-    assert (whole / "metrics.csv").read_bytes() == (stopped / "metrics.csv").read_bytes()
-    rows = (whole / "metrics.csv").read_text().splitlines()
-    assert any(",raised," in row and row.startswith("online") for row in rows)
-
-
-def test_no_discounting_needs_another_bootstrap():
     with pytest.raises(UsageError, match="--mc-bootstrap last needs a --discount below 1"):
-        static_of(cal_ql, sweep=("discount=0.9,1",))
-    assert static_of(cal_ql, sweep=("discount=0.9,1",), mc_bootstrap="zero").nets.critic.num == 2
+        returns.check_returns(session())
+    returns.check_returns(session(mc_bootstrap="zero"))
+    with pytest.raises(UsageError, match="--dataset mine: its rows are in no order"):
+        returns.check_returns(session(ordered=False, mc_bootstrap="zero"))

@@ -219,12 +219,11 @@ def test_exit_code_and_one_line_as_a_process(tmp_path, flags):
 
 @pytest.mark.parametrize("room", ["none at all", "for all but checkpoints"])
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path, room):
-    folder = tmp_path / "runs/ooo_iql/point-mass-wall/it"
-    command = [sys.executable, REPO / "algos/ooo_iql.py"]
+    folder = tmp_path / "runs/iql/point-mass-wall/it"
+    command = [sys.executable, REPO / "algos/iql.py"]
     flags = (
-        "--hidden 32 32 --num-seeds 1 --batch-size 16 --offline-steps 40 --online-steps 9600 "
-        "--num-envs 8 --utd-ratio 0.125 "
-        "--retrain-steps 40 --eval-episodes 1 --eval-every 9600 --checkpoint-every 400 --name it"
+        "--hidden 32 32 --num-seeds 1 --batch-size 16 --offline-steps 0 --online-steps 9600 --num-envs 8 "
+        "--utd-ratio 0.125 --eval-episodes 1 --eval-every 9600 --checkpoint-every 400 --name it"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, *flags.split(), "--runs-dir", tmp_path / "runs"], **pipes)
@@ -283,10 +282,19 @@ def test_the_longer_prefix_wins():
 
 
 @pytest.mark.parametrize("spelling", ["--online-steps 0", "--online-steps=0", "--online_steps 0"])
-@pytest.mark.parametrize("name", ["D4RL/door/human-v2", "door_human.npz", "data/door-cloned.hdf5"])
+@pytest.mark.parametrize("name", ["D4RL/door/human-v2", "door-cloned-v1", "data/door-v0_demos_clipped.hdf5"])
 def test_a_dataset_alone_needs_no_environment_and_brings_its_family(name, spelling):
     args = parse("--dataset", name, *spelling.split())
     assert (args.env, args.dataset, args.dropout, args.offline_steps) == ("none", name, 0.1, 25_000)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["door_human.npz", "my/door.hdf5", "/home/door/log.h5", "/data/door/log-v0", "~/door-v0", "../pen/x-v0"],
+)
+def test_the_path_of_a_file_or_folder_chooses_no_settings(path):
+    args = parse("--dataset", path, "--online-steps", "0")
+    assert (args.dropout, args.offline_steps) == (0.0, 500_000)
 
 
 def test_help_shows_what_is_in_force(capsys):

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from numerics import adam_first_step, double, ensemble, gradient, mostly_close, squashed
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
+from probing import random_rows
 from test_sac import ACT, BATCH, OBS, SETTINGS, make
+from training import trained
 
 from ooo_rl.algos import cql, sac
 from ooo_rl.data.runs.checkpoint import load_agent
-from ooo_rl.data.runs.settings import parse
 from ooo_rl.data.runs.sweep import grid
 
 SAMPLES = 3
@@ -178,67 +178,38 @@ def test_the_soft_maximum_estimates_the_integral_over_actions():
         np.testing.assert_allclose(terms, np.broadcast_to(exact, (3, 2)), rtol=0.03)
 
 
-PROBE = {"alpha_lr": 3e-3, "entropy_per_action": -3.0, "cql_weight": 0.01}
-OFFLINE = {"online_steps": 0, "offline_steps": STEPS, "num_samples": 4}
-ONLINE = {
-    "online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "random_steps": 800,
-    "num_samples": 4,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_cql_offline(name):
-    probing = Probing(cql, settings(cql, name, PROBE, **OFFLINE), random_data(name))
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_cql_online(name):
-    probing = Probing(cql, settings(cql, name, PROBE, **ONLINE))
-    probing.run("finetune", STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-
-
-def test_pessimism_is_where_the_data_are_not():
+def test_pessimism_is_where_the_data_are_not(tmp_path):
     """Data of half the actions: their Q-values stay, the others' sink, the more the larger the weight."""
-    rows = random_data("probe-action-reward")
-    seen = np.flatnonzero(np.asarray(rows.action[:, 0]) < 0)
-    rows, sunk = jax.tree.map(lambda x: x[seen], rows), []
+    rows = np.load(random_rows(tmp_path / "all.npz", "probe-action-reward", 2_000))
+    seen = rows["actions"][:, 0] < 0
+    np.savez(tmp_path / "half.npz", **{name: rows[name][seen] for name in rows.files})
+    args = {"env": "probe-action-reward", "offline_steps": 2_000, "online_steps": 0, "num_seeds": 2}
+    args |= {"dataset": str(tmp_path / "half.npz"), "runs_dir": str(tmp_path), "name": "it"}
+    run = trained(cql, whole=False, **args, sweep=("cql-weight=0,0.3",))
     at = {"obs": np.zeros((2, 1), np.float32), "action": np.float32([[-0.25], [0.9]])}
-    for weight in (0.0, 0.3):
-        probing = Probing(
-            cql, settings(cql, "probe-action-reward", {**PROBE, "cql_weight": 0}, **OFFLINE), rows
-        )
-        hyper = probing.given["hyper"]
-        probing.given["hyper"] = hyper.replace(cql_weight=hyper.cql_weight + weight)
-        probing.run("pretrain", STEPS)
-        critics = partial(probing.nets.critic.apply, **at)
-        q = np.asarray(jax.vmap(critics)(probing.state.agent.critic.params)).min(axis=1)
-        np.testing.assert_allclose(q[:, 0], 1 - 0.75**2, atol=0.3)
-        sunk.append(q[:, 1] - q[:, 0])
-    assert (sunk[1] < sunk[0] - 0.5).all()
+    agents, _ = run.ended["offline"]
+    q = np.asarray(jax.vmap(partial(run.nets.critic.apply, **at))(agents.critic.params)).min(axis=1)
+    np.testing.assert_allclose(q[:, 0], 1 - 0.75**2, atol=0.3)
+    free, pessimistic = (q[:, 1] - q[:, 0]).reshape(2, 2)  # the runs of weight 0 come first
+    assert (pessimistic < free - 0.5).all()
 
 
-TINY = (
-    "--env probe-match-obs --hidden 8 8 --critic-hidden 8 8 --num-seeds 2 --batch-size 16 --online-steps 64 "
-    "--num-envs 8 --utd-ratio 0.125 --eval-episodes 1 --eval-every 1000 --name it --runs-dir"
-)
+TINY = {
+    "env": "probe-match-obs", "hidden": (8, 8), "critic_hidden": (8, 8), "num_seeds": 2, "batch_size": 16,
+    "online_steps": 64, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 1, "name": "it",
+}  # fmt: skip
 
 
 def test_sac_ft_starts_from_the_agents_of_a_run(tmp_path, capsys):
     """And takes no networks of other sizes."""
-    rows = random_data("probe-match-obs", 100)
-    names = {"observations": rows.obs, "actions": rows.action, "rewards": rows.reward}
-    np.savez(tmp_path / "rows.npz", **names, terminals=1 - rows.discount)
-    tiny = [*TINY.split(), str(tmp_path)]
-    flags = ["--offline-steps", "20", "--num-samples", "2", "--dataset", str(tmp_path / "rows.npz")]
-    before = cql.train(parse(cql.Args, [*tiny, *flags]))
-    saved = before.agents["agent"]
+    small = TINY | {"runs_dir": str(tmp_path)}
+    data = {"dataset": random_rows(tmp_path / "rows.npz", "probe-match-obs", 100)}
+    before = trained(cql, whole=False, **small, **data, offline_steps=20, num_samples=2)
+    saved, _ = before.ended["online"]
     # Learning rates of 0: what SAC ends with is what it began with.
-    zeros = [f"--{name}=0" for name in ("actor-lr", "critic-lr", "alpha-lr", "target-rate", "random-steps")]
-    flags = [*tiny, *zeros, "--init-from", str(before.folder)]
-    agent = sac.train(parse(sac.Args, flags)).agents["agent"]
+    start = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr", "target_rate", "random_steps"), 0)
+    start |= {"init_from": str(before.result.folder)}
+    agent, _ = trained(sac, whole=False, **small, **start).ended["online"]
     assert "(cql's agent): actor, critic, target_critic, alpha" in capsys.readouterr().out
     parts = lambda a: (a.actor.params, a.critic.params, a.target_critic, a.alpha.params)  # noqa: E731
     same = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
@@ -252,6 +223,6 @@ def test_sac_ft_starts_from_the_agents_of_a_run(tmp_path, capsys):
     like = agent.replace(
         critic=agent.critic.replace(**smaller), actor=jax.tree.map(np.zeros_like, agent.actor)
     )
-    taken, said = load_agent(str(before.folder), grid(parse(sac.Args, flags))[1], like)
+    taken, said = load_agent(str(before.result.folder), grid(sac.Args(**small))[1], like)
     assert said.endswith(": actor, target_critic, alpha; begins anew: critic (of other shapes)")
     jax.tree.map(np.testing.assert_array_equal, (taken.actor, taken.critic), (saved.actor, like.critic))

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import double
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
-from test_cql import PROBE, TRACED, Reference, check_update, make_cql
+from test_cql import TRACED, Reference, check_update, make_cql
 from test_sac import BATCH, random_rows, static_of
 
 from ooo_rl import envs
@@ -142,33 +141,6 @@ def test_the_explorer_has_floors_and_a_bonus_that_learns_with_every_update():
     assert np.sqrt(later.rnd.error.var) > 1e-2
 
 
-# --- what it learns ---
-
-COMMON = {"num_samples": 2, "max_target_backup": False, "intrinsic": "none", "retrain_steps": STEPS}
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_ooo_cal_ql_offline(name):
-    """The explorer on the data, then the exploiter."""
-    flags = settings(ooo_cal_ql, name, PROBE, online_steps=0, offline_steps=STEPS, **COMMON)
-    probing = Probing(ooo_cal_ql, flags, random_data(name))
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-    probing.run("retrain", STEPS)
-    probing.check(probing.state.exploiter, value_of_mean_action)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_ooo_cal_ql_online(name):
-    """The explorer solves the probe online, the exploiter on the explorer's rows alone."""
-    online = {"online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125}
-    probing = Probing(ooo_cal_ql, settings(ooo_cal_ql, name, PROBE, **online, **COMMON))
-    probing.run("explore", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-    probing.run("retrain", STEPS)
-    probing.check(probing.state.exploiter, value_of_mean_action)
-
-
 # --- as a program ---
 
 TINY = (
@@ -210,3 +182,12 @@ def test_settings_that_do_not_go_together(flags, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         ooo_cal_ql.train(args)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_rnd_has_two_hidden_layers_in_both_variants(variant):
+    """Unlike OOO's other code, where the code's variant has one."""
+    static = static_of(ooo_cal_ql, rnd_variant=variant)
+    shapes = jax.eval_shape(partial(ooo_cal_ql.init_rnd, static), jax.random.PRNGKey(0))
+    kernels = [layer["kernel"].shape for layer in shapes.target["params"].values()]
+    assert kernels == [(3, 512), (512, 512), (512, 512)]

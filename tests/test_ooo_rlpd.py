@@ -2,20 +2,17 @@
 
 import csv
 import functools
-import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
 from test_rlpd import BATCH, CRITICS, SETTINGS, SUBSET, check_update, make, static_of
+from training import trained
 
 from ooo_rl.algos import ooo_rlpd
 from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition
-from ooo_rl.data.runs.settings import launch
 
 
 @functools.cache
@@ -33,39 +30,6 @@ def test_update_of_ooo_rlpd(sizes, bounds):
     """One critic step, as in retraining: bounds hold the task reward's part of the target, no other."""
     given, step = one_step(sizes)
     check_update(*given, *step(bounds), bounds)
-
-
-def probe(name, offline=None, **flags):
-    hyper = {"alpha_lr": 3e-3, "entropy_per_action": -3.0, "backup_entropy": 0.0}
-    flags |= {"ensemble": CRITICS, "target_subset": SUBSET, "policy_every": 2, "num_envs": 8}
-    flags |= {"dataset": "none", "intrinsic": "none", "utd_ratio": 0.25}
-    return Probing(ooo_rlpd, settings(ooo_rlpd, name, hyper, **flags), offline)
-
-
-def check_exploiter(probing):
-    """Its critics are of its own kind."""
-    nets = ooo_rlpd.for_exploiter(probing.static).nets
-    probing.check(probing.state.exploiter, lambda _, agent, obs: value_of_mean_action(nets, agent, obs))
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_online_and_retrained(name):
-    """Without bonus the explorer solves the probe online, an exploiter of two critics on its rows alone."""
-    probing = probe(name, online_steps=8 * STEPS, random_steps=800, retrain_steps=STEPS, retrainer="sac")
-    probing.run("explore", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-    probing.run("retrain", STEPS)
-    check_exploiter(probing)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_purely_offline(name):
-    probing = probe(name, random_data(name), online_steps=0, offline_steps=STEPS, retrain_steps=STEPS)
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-    probing.run("retrain", STEPS)
-    check_exploiter(probing)
-    assert buffer.size(probing.state.ring) == 0
 
 
 def numbered(reward, obs=0.0):
@@ -139,29 +103,28 @@ def test_the_exploiter_has_critics_of_its_own():
     assert (exploiter.actor, exploiter.critic.hidden) == (sac.nets.actor, sac.nets.critic.hidden)
 
 
-TINY = (
-    "--env point-mass-wall --num-seeds 2 --hidden 8 --critic-hidden 8 --batch-size 16 --ensemble 3 "
-    "--num-envs 4 --utd-ratio 1 --policy-every 2 --offline-steps 8 --online-steps 80 --random-steps 16 "
-    "--retrain-at 40 80 --retrain-steps 8 --retrainer sac --eval-episodes 1 --rnd-units 16 --name it "
-    "--eval-every 4"
-)
+TINY = {
+    "env": "point-mass-wall", "num_seeds": 2, "hidden": (8,), "critic_hidden": (8,), "batch_size": 16, "ensemble": 3,
+    "num_envs": 4, "utd_ratio": 1, "policy_every": 2, "offline_steps": 8, "online_steps": 80, "random_steps": 16,
+    "retrain_at": (40, 80), "retrain_steps": 8, "retrainer": "sac", "eval_episodes": 1, "rnd_units": 16, "name": "it",
+    "eval_every": 4,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["scratch", "warm"])
-def test_each_retraining_begins_anew_unless_warm(monkeypatch, tmp_path, warm):
+def test_each_retraining_begins_anew_unless_warm(tmp_path):
     """A run through all phases: both retrainings begin with the same alpha; warm, the second one goes on."""
-    flags = [*TINY.split(), "--runs-dir", str(tmp_path), *(["--warm-start"] if warm else [])]
-    monkeypatch.setattr(sys, "argv", ["ooo_rlpd.py", *flags])
-    launch(ooo_rlpd.Args, ooo_rlpd.train)
-    folder = tmp_path / "ooo_rlpd" / "point-mass-wall" / "it"
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    value = {(r["phase"], int(r["step"]), r["seed"], r["metric"]): float(r["value"]) for r in rows}
-    first, second = (value[phase, 4, "0", "alpha"] for phase in ("retrained@40", "retrained"))
-    assert (second < value["retrained@40", 8, "0", "alpha"]) == warm
-    assert (abs(first - second) < 1e-4) == (not warm)
+    scratch = trained(ooo_rlpd, **TINY, runs_dir=str(tmp_path / "scratch"))
+    again = {"warm_start": True, "whole": False, "like": scratch}
+    warm = trained(ooo_rlpd, **TINY, **again, runs_dir=str(tmp_path / "warm"))
+    for run in (scratch, warm):
+        rows = list(csv.DictReader((run.result.folder / "metrics.csv").open()))
+        value = {(r["phase"], int(r["step"]), r["seed"], r["metric"]): float(r["value"]) for r in rows}
+        first, second = (value[phase, 4, "0", "alpha"] for phase in ("retrained@40", "retrained"))
+        assert (second < value["retrained@40", 8, "0", "alpha"]) == (run is warm)
+        assert (abs(first - second) < 1e-4) == (run is scratch)
     last = {"offline": 8, "online": 80, "retrained": 8}
     bonus = {phase: value[phase, step, "0", "bonus"] for phase, step in last.items()}
     assert min(bonus["offline"], bonus["online"]) > 0 == bonus["retrained"]
-    result = json.loads((folder / "result.json").read_text())
-    assert list(result["phases"]) == ["offline", "online", "retrained@40", "retrained"]
-    assert {p.name.partition("_")[0] for p in (folder / "policies").iterdir()} == {"explorer", "exploiter"}
+    assert list(scratch.result.results["phases"]) == ["offline", "online", "retrained@40", "retrained"]
+    files = (scratch.result.folder / "policies").iterdir()
+    assert {p.name.partition("_")[0] for p in files} == {"explorer", "exploiter"}

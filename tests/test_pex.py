@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from numerics import adam_first_step, double, ensemble, forward, gradient, mostly_close
-from probing import KNOWN, PROBES, SEEDS, STEPS, Probing, random_data, settings, state_value
+from training import trained
 
 from ooo_rl import envs
 from ooo_rl.algos import iql, pex
@@ -198,44 +198,6 @@ def test_update_with_the_batchs_actions_is_iqls(made):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs))
 
 
-# --- on the probes ---
-
-IQL = {"value_lr": 3e-3, "expectile": 0.98, "temperature": 20.0}
-ONLINE = {
-    "online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "learning_starts": 800,
-}  # fmt: skip
-
-
-def check_composite(probing):
-    """As `Probing.check`, for the policy that is evaluated."""
-    obs, values, actions = KNOWN[probing.args.env]
-    obs = jnp.float32(obs)[:, None]
-    for seed in range(SEEDS):
-        agent, frozen = jax.tree.map(
-            lambda x, seed=seed: x[seed], (probing.state.agent, probing.state.frozen)
-        )
-        np.testing.assert_allclose(state_value(probing.nets, agent, obs), values, atol=0.12)
-        if actions is not None:
-            taken = pex.choose(probing.nets, composite_of(agent, frozen, 10.0), obs)
-            np.testing.assert_allclose(taken[:, 0], actions, atol=0.2)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_online(name):
-    """From scratch: the frozen policy is random, so the composite one must come to prefer the new one."""
-    probing = Probing(pex, settings(pex, name, IQL, **ONLINE))
-    probing.run("finetune", STEPS)
-    check_composite(probing)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_offline(name):
-    args = settings(pex, name, IQL, online_steps=0, offline_steps=STEPS, actor_decay="none")
-    probing = Probing(pex, args, random_data(name))
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.agent, state_value)
-
-
 # --- whole runs ---
 
 TINY = {
@@ -249,7 +211,7 @@ def ran(tmp_path_factory):
     """Folders of a tiny run of PEX, which learns from the 161st step on, and of IQL's offline part."""
     place = str(tmp_path_factory.mktemp("pex"))
     ours = pex.train(pex.Args(**TINY, learning_starts=160, runs_dir=place))
-    theirs = iql.train(iql.Args(**TINY | {"online_steps": 0}, runs_dir=place))
+    theirs = trained(iql, whole=False, **TINY | {"online_steps": 0}, runs_dir=place).result
     return ours.folder, theirs.folder
 
 
@@ -262,7 +224,7 @@ def lines_of(folder, phase):
 def test_offline_it_is_iql_to_the_bit(ran):
     ours, theirs = (lines_of(folder, "offline") for folder in ran)
     assert any(",eval/return," in line for line in ours)
-    assert ours == theirs
+    assert [line for line in ours if ",eval/" not in line] == theirs
 
 
 def test_nothing_is_learnt_before_learning_starts(ran):

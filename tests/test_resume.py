@@ -27,7 +27,7 @@ BODY = (
     "--online-steps 800 --num-envs 4 "
     "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 40 --name it"
 )
-FLAGS = {"ooo_iql": [*COMMON.split(), "--retrain-steps", "200"], "iql": COMMON.split()}
+FLAGS = [*COMMON.split(), "--retrain-steps", "200"]
 TIMING = ("wall_seconds", "seed_updates_per_second", "env_steps_per_second", "compile_seconds")
 
 
@@ -54,12 +54,9 @@ def finish(place, process):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    """Folder of a finished run of each method."""
-    folders = {}
-    for method, flags in FLAGS.items():
-        finish(place, start(place, method, *flags, "--runs-dir", "whole"))
-        folders[method] = place / "whole" / method / "point-mass-wall" / "it"
-    return folders
+    """Folder of a finished run."""
+    finish(place, start(place, "ooo_iql", *FLAGS, "--runs-dir", "whole"))
+    return place / "whole" / "ooo_iql" / "point-mass-wall" / "it"
 
 
 def phase_of(folder):
@@ -101,31 +98,26 @@ def assert_same(folder, expected):
             np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("method", FLAGS)
-def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed, method):
-    rng, folder = random.Random(0), place / "killed" / method / "point-mass-wall" / "it"
-    process = start(place, method, *FLAGS[method], "--runs-dir", "killed")
+def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed):
+    rng, folder = random.Random(0), place / "killed" / "ooo_iql" / "point-mass-wall" / "it"
+    process = start(place, "ooo_iql", *FLAGS, "--runs-dir", "killed")
     assert kill_when(process, (folder / "config.json").exists), (
         "the run ended before it could be killed as it began"
     )
-    phases = ("offline", "online", "retrained") if method == "ooo_iql" else ("online",)
-    for phase in phases:
-        for moment in ("checkpoint", "any"):
-            if moment == "any" and method == "iql":
-                continue
-            process, seen, delay = start(place, method, "--resume", folder), [], rng.uniform(0, 0.3)
+    for phase, moment in (("offline", "any"), ("online", "checkpoint"), ("retrained", "checkpoint")):
+        process, seen, delay = start(place, "ooo_iql", "--resume", folder), [], rng.uniform(0, 0.3)
 
-            def condition(phase=phase, moment=moment, seen=seen, delay=delay):
-                if phase_of(folder) != phase:
-                    return bool(seen)  # gone by: at once
-                seen.append(time.monotonic())
-                if moment == "checkpoint":
-                    return any("tmp" in p.name for p in (folder / "checkpoints").glob("*"))
-                return time.monotonic() > seen[0] + delay
+        def condition(phase=phase, moment=moment, seen=seen, delay=delay):
+            if phase_of(folder) != phase:
+                return bool(seen)  # gone by: at once
+            seen.append(time.monotonic())
+            if moment == "checkpoint":
+                return any("tmp" in p.name for p in (folder / "checkpoints").glob("*"))
+            return time.monotonic() > seen[0] + delay
 
-            assert kill_when(process, condition) or moment == "any", f"no checkpoint was caught in {phase}"
-    finish(place, start(place, method, "--resume", folder))
-    assert_same(folder, undisturbed[method])
+        assert kill_when(process, condition) or moment == "any", f"no checkpoint was caught in {phase}"
+    finish(place, start(place, "ooo_iql", "--resume", folder))
+    assert_same(folder, undisturbed)
 
 
 def test_a_body_of_the_c_engine_goes_on_in_the_same_bits(place):
@@ -143,7 +135,7 @@ def test_a_body_of_the_c_engine_goes_on_in_the_same_bits(place):
 
 @pytest.fixture
 def copy(undisturbed, tmp_path):
-    return pathlib.Path(shutil.copytree(undisturbed["ooo_iql"], tmp_path / "copy"))
+    return pathlib.Path(shutil.copytree(undisturbed, tmp_path / "copy"))
 
 
 def resume(monkeypatch, folder, *flags, module=ooo_iql):
@@ -161,7 +153,7 @@ def refused(monkeypatch, capsys, folder, *flags, module=ooo_iql):
 
 def test_resuming_a_finished_run_changes_nothing(monkeypatch, copy, undisturbed):
     resume(monkeypatch, copy)
-    assert_same(copy, undisturbed["ooo_iql"])
+    assert_same(copy, undisturbed)
 
 
 def test_an_interrupted_write_of_paths_or_metrics_is_mended(monkeypatch, copy, undisturbed):
@@ -171,26 +163,25 @@ def test_an_interrupted_write_of_paths_or_metrics_is_mended(monkeypatch, copy, u
     (copy / "result.tmp").write_text("{")
     resume(monkeypatch, copy)
     (copy / "paths.tmp.npz").unlink()
-    assert_same(copy, undisturbed["ooo_iql"])
+    assert_same(copy, undisturbed)
 
 
 @pytest.mark.parametrize("flag", ["--num-seeds 3", "--expectile 0.5", "--hidden 8 8", "--dataset none"])
 def test_other_settings_are_refused_by_name(monkeypatch, capsys, undisturbed, flag):
-    message = refused(monkeypatch, capsys, undisturbed["ooo_iql"], *flag.split())
+    message = refused(monkeypatch, capsys, undisturbed, *flag.split())
     name, _, value = flag[2:].partition(" ")
     assert f"{name.replace('-', '_')} is " in message and value.split()[0] in message
 
 
 def test_the_same_settings_may_be_repeated(undisturbed):
-    folder = str(undisturbed["ooo_iql"])
+    folder = str(undisturbed)
     assert parse(ooo_iql.Args, ["--resume", folder, "--num-seeds", "2"]).resume == folder
 
 
 def test_what_is_no_run_is_refused(monkeypatch, capsys, undisturbed, tmp_path):
     assert "not a run's folder" in refused(monkeypatch, capsys, tmp_path)
     assert "not a run's folder" in refused(monkeypatch, capsys, tmp_path / "absent")
-    for folder, module in ((undisturbed["ooo_iql"], iql), (undisturbed["iql"], ooo_iql)):
-        assert "another script" in refused(monkeypatch, capsys, folder, module=module)
+    assert "another script" in refused(monkeypatch, capsys, undisturbed, module=iql)
 
 
 @pytest.mark.parametrize("damage", ["emptied", "garbled", "missing", "host"])

@@ -1,7 +1,5 @@
 """RLPD against plain NumPy in float64, gradients by central differences; on probes; how it samples."""
 
-import json
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import adam_first_step, double, ensemble, forward, gradient, squashed
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
+from probing import random_rows
+from test_run import rows_of
+from training import trained
 
 from ooo_rl import envs
 from ooo_rl.algos import ooo_rlpd, rlpd
-from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.session import Static
-from ooo_rl.data.runs.settings import launch
+from ooo_rl.data.runs.settings import parse
 
 OBS, ACT, BATCH, HIDDEN, CRITICS, SUBSET, BLOCK = 3, 2, 16, (5, 4), 5, 2, 3
 SETTINGS = {
@@ -214,35 +213,17 @@ def test_online_batches_are_drawn_as_set(monkeypatch, script, chunk):
     assert set(asked) == {(0.25, (3, 4, BATCH))}
 
 
-def probe(name, offline=None, **flags):
-    """RLPD on a probe: 5 critics, a policy step after every 2 critic steps."""
-    hyper = {"alpha_lr": 3e-3, "entropy_per_action": -3.0, "backup_entropy": 0.0, "rnd_lr": 1e-2}
-    flags |= {"ensemble": CRITICS, "target_subset": SUBSET, "policy_every": 2, "num_envs": 8}
-    return Probing(rlpd, settings(rlpd, name, hyper, dataset="none", **flags), offline)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_online(name):
-    probing = probe(name, online_steps=8 * STEPS, utd_ratio=0.25, random_steps=800)
-    probing.run("finetune", STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_offline(name):
-    probing = probe(name, random_data(name), online_steps=0, offline_steps=2 * STEPS)
-    probing.run("pretrain", 2 * STEPS)
-    probing.check(probing.state.agent, value_of_mean_action)
-    assert buffer.size(probing.state.ring) == 0
-
-
-def test_offline_data_are_mixed_in_and_the_bonus_reaches_the_critics():
+def test_offline_data_are_mixed_in_and_the_bonus_reaches_the_critics(tmp_path):
     """RND online, offline rows in every batch: the bonus falls as states get known, and lifts Q-values."""
-    flags = {"intrinsic": "rnd", "rnd_units": 16, "random_steps": 0, "online_steps": 8 * STEPS}
-    probing = probe("probe-reward-is-obs", random_data("probe-reward-is-obs"), utd_ratio=0.25, **flags)
-    first, second = (jax.device_get(probing.run("finetune", 50)) for _ in range(2))
-    assert (first["bonus"] > 0).all() and (second["bonus"] < first["bonus"]).all()
-    assert (first["q"] > 1.1).all(), "the rewards of this probe are -1 and 1"
+    args = {"env": "probe-reward-is-obs", "num_seeds": 2, "rnd_units": 16, "rnd_lr": 1e-2}
+    args |= {"intrinsic": "rnd", "rnd_variant": "code"}
+    args |= {"online_steps": 800, "checkpoint_every": 400, "random_steps": 0, "runs_dir": str(tmp_path)}
+    data = random_rows(tmp_path / "rows.npz", "probe-reward-is-obs", 1_000)
+    run = trained(rlpd, whole=False, **args, dataset=data, name="it")
+    value = {(r["metric"], r["step"], r["seed"]): float(r["value"]) for r in rows_of(run.result.folder)}
+    for seed in "01":
+        assert value["bonus", "400", seed] > value["bonus", "800", seed] > 0
+        assert value["q", "400", seed] > 1.1, "the rewards of this probe are -1 and 1"
 
 
 def test_the_bonus_is_that_of_the_whole_block():
@@ -274,39 +255,9 @@ def test_what_does_not_go_together_is_refused(flags, words):
             script.make_plan(script.Args.exactly({"env": "point-mass-wall", **flags}))
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["rlpd.py", *map(str, flags)])
-    launch(rlpd.Args, rlpd.train)
-
-
-TINY = (
-    "--num-seeds 2 --hidden 8 --critic-hidden 8 --batch-size 16 --ensemble 3 --num-envs 4 --utd-ratio 1 "
-    "--policy-every 2 --online-steps 80 --random-steps 16 --eval-episodes 1 --name it"
-)
-
-
-def test_a_run_from_the_command_line(monkeypatch, tmp_path):
-    """Offline, then online with RND: the environment's own data are found, and all files are written."""
-    more = "--env point-mass-wall --offline-steps 40 --intrinsic rnd --rnd-variant code"
-    run(monkeypatch, *TINY.split(), *more.split(), "--runs-dir", tmp_path)
-    folder = tmp_path / "rlpd" / "point-mass-wall" / "it"
-    settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert settings["dataset"] == "ooo/point-mass-wall/over-v0" and settings["hyper"]["backup_entropy"] == 0
-    result = json.loads((folder / "result.json").read_text())
-    assert result["phases"]["online"]["length"] and not result["failed"]
-    before = (folder / "metrics.csv").read_bytes()
-    lines = before.decode().splitlines()
-    bonus = [line for line in lines if ",bonus," in line and line.startswith("online")]
-    assert float(bonus[-1].split(",")[-1]) > 0
-    run(monkeypatch, "--resume", folder)
-    assert (folder / "metrics.csv").read_bytes() == before
-
-
-def test_an_environment_without_data_is_learnt_online(monkeypatch, capsys, tmp_path):
-    flags = ["--env", "probe-match-obs", *TINY.split(), "--runs-dir", tmp_path]
-    run(monkeypatch, *flags)
-    config = json.loads((tmp_path / "rlpd" / "probe-match-obs" / "it" / "config.json").read_text())
-    assert config["settings"]["dataset"] == "none"
-    with pytest.raises(SystemExit):
-        run(monkeypatch, *flags, "--offline-steps", 20)
-    assert "needs --dataset" in capsys.readouterr().err
+def test_the_environments_own_data_are_found():
+    wall = parse(rlpd.Args, ["--env", "point-mass-wall", "--offline-steps", "40"])
+    assert (wall.dataset, wall.hyper.backup_entropy) == ("ooo/point-mass-wall/over-v0", 0)
+    assert parse(rlpd.Args, ["--env", "probe-match-obs"]).dataset == "none"
+    with pytest.raises(UsageError, match="needs --dataset"):
+        parse(rlpd.Args, ["--env", "probe-match-obs", "--offline-steps", "20"])

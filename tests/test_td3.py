@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import adam_first_step, double, ensemble, forward, gradient, mostly_close
-from probing import PROBES, STEPS, Probing, random_data, settings, value_of_mean_action
+from probing import check, random_rows
+from test_run import rows_of
+from training import trained
 
 from ooo_rl.algos import td3
 from ooo_rl.data import policy
@@ -192,34 +194,26 @@ def test_saved_policy_is_the_mean_action(tmp_path, gaussian):
 
 # --- on the probes ---
 
-ONLINE = {
-    "online_steps": 8 * STEPS, "offline_steps": 0, "num_envs": 8, "utd_ratio": 0.125, "random_steps": 800,
-    "dataset": "none",
-}  # fmt: skip
 
-
-@pytest.mark.parametrize("name", PROBES)
-def test_online(name):
-    probing = Probing(td3, settings(td3, name, {}, **ONLINE))
-    probing.run("explore", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_offline(name):
-    probing = Probing(td3, settings(td3, name, {}, online_steps=0, offline_steps=STEPS), random_data(name))
-    probing.run("pretrain", STEPS)
-    probing.check(probing.state.explorer, value_of_mean_action)
-
-
-def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus():
+def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus(tmp_path):
     """With random offline rows in the buffer. The explorer's bonus keeps out of what is retrained."""
-    changes = {**ONLINE, "variant": "code", "intrinsic": "rnd", "retrain_steps": STEPS}
-    args = settings(td3, "probe-match-obs", {}, **changes)  # the probe that needs most
-    probing = Probing(td3, args, random_data(args.env))
-    assert (np.asarray(probing.run("explore", 130)["bonus"]) > 0).all()
-    assert (np.asarray(probing.run("retrain", STEPS)["bonus"]) == 0).all()
-    probing.check(probing.state.exploiter, value_of_mean_action)
+    steps = {"online_steps": 1_040, "retrain_steps": 3_000, "offline_steps": 0}
+    args = {"env": "probe-all", "num_seeds": 2, "variant": "code", "intrinsic": "rnd", **steps}
+    args |= {"dataset": random_rows(tmp_path / "rows.npz"), "runs_dir": str(tmp_path), "name": "it"}
+    run = trained(td3, whole=False, **args)
+    bonus = {
+        phase: [
+            float(r["value"])
+            for r in rows_of(run.result.folder)
+            if (r["phase"], r["metric"]) == (phase, "bonus")
+        ]
+        for phase in run.ended
+    }
+    assert min(bonus["online"]) > 0 and set(bonus["retrained"]) == {0.0}
+    agents, actors = run.ended["retrained"]
+    for seed in range(2):
+        agent, actor = jax.tree.map(lambda x, seed=seed: x[seed], (agents, actors))
+        check(run.nets, agent, partial(run.act, actor), 0.9, f"seed {seed}")
 
 
 # --- batches, and runs that diverge ---

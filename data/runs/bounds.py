@@ -6,6 +6,7 @@ For example `expectile: Annotated[float, Bounds(above=0, below=1)] = 0.7`.
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any, get_type_hints
 
 from ooo_rl.data.errors import UsageError
@@ -65,6 +66,8 @@ def check_value(name: str, value: Any, bounds: Bounds) -> None:
     if len(numbers) < bounds.items:
         raise UsageError(f"{flag(name)} needs at least {bounds.items} number{'s' * (bounds.items > 1)}")
     for number in numbers:
+        if not isinstance(number, Real):
+            raise UsageError(f"{flag(name)} must be a number, not {number!r}")
         if wanted := bounds.broken_by(number):
             shown = " ".join(map(str, numbers))
             raise UsageError(f"{flag(name)} must be {wanted}, not {shown}")

@@ -21,9 +21,11 @@ import tyro
 from flax import struct
 
 from ooo_rl import envs
+from ooo_rl.data.datasets import public
+from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
-from ooo_rl.data.modes import check_devices, check_xla_flags
+from ooo_rl.data.modes import check_jax, check_xla_flags, use_float32
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
@@ -56,6 +58,7 @@ class InForce(type):
 
     def exactly(cls, values: dict[str, Any]) -> Any:
         """The instance that has these values, traced ones among them, and defaults for the rest."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         fields = {f.name for f in dataclasses.fields(cls)}
         hyper = values.get("hyper") or _hyper_type(cls)()
         hyper = hyper.replace(**{k: v for k, v in values.items() if k not in fields})
@@ -147,6 +150,7 @@ def launch(args_type: type, train: Callable[[Any], Any]) -> None:
 
     def main() -> None:
         check_xla_flags()
+        use_float32()
         train(parse(args_type))
 
     guarded(main)
@@ -179,15 +183,15 @@ def _flags(args_type: type, argv: list[str], default: Any) -> Any:
 def _family(args_type: type, env: str, dataset: str, online_steps: int | str) -> dict[str, Any]:
     """The settings in the script's table for an environment, or for a dataset if there is no environment.
 
-    The table's keys are prefixes of names, or tuples of prefixes. A longer prefix wins over a shorter one.
-    A file is known by its own name; the folders that it lies in say nothing.
+    The table's keys are prefixes of ids, or tuples of prefixes. A longer prefix wins over a shorter one. The
+    path of a file says nothing, unless the file has the name that D4RL gives to its own.
     """
     env = _env(env, dataset, online_steps)
     name = dataset if env == "none" else env
     table = getattr(sys.modules[args_type.__module__], "FAMILIES", {})
-    path = pathlib.PurePath(name)
-    is_file = path.suffix.lower() in (".npz", ".hdf5", ".h5")
-    words = [path.stem, *path.stem.split("_")] if is_file else [name, *path.parts]
+    if is_file(name):
+        name = public.d4rl_id(name)
+    words = [] if name.startswith(("/", "~", ".")) else [name, *name.split("/")]
     found: dict[str, Any] = {}
     if env != "none" and not envs.is_ours(env) and dataset == "auto":
         found["offline_steps"] = 0  # a user's own environment has no dataset of ours
@@ -214,7 +218,7 @@ def _hyper_type(args_type: type) -> type:
 
 def resolved(args: Any) -> Any:
     """`args` with the environment and the dataset that "auto" means, checked."""
-    check_devices()
+    check_jax()
     if args.resume:
         return args
     env = _env(args.env, args.dataset, args.online_steps)
@@ -243,8 +247,7 @@ def from_json(args_type: type, saved: dict) -> Any:
             f"this run was made by another script or version: it has the settings "
             f"{', '.join(sorted(unknown))}"
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    return args_type.exactly({**values, "hyper": _hyper_type(args_type)(**saved["hyper"])})
+    return args_type.exactly({**saved, "hyper": _hyper_type(args_type)(**saved["hyper"])})
 
 
 def read_config(folder: str, what: str) -> dict:
@@ -255,7 +258,7 @@ def read_config(folder: str, what: str) -> dict:
     try:
         config = json.loads(path.read_text())
         config["settings"]["hyper"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{what} {folder}: its config.json is damaged ({error})") from None
     if (found := config.get("format", 1)) != FORMAT:
         raise UsageError(
@@ -268,7 +271,12 @@ def read_config(folder: str, what: str) -> dict:
 def _resumed(args_type: type, named: dict[str, Any]) -> Any:
     """The settings of the run in `named["resume"]`; a UsageError if `named` says otherwise anywhere."""
     folder = named["resume"]
-    saved = from_json(args_type, read_config(folder, "--resume")["settings"])
+    try:
+        saved = from_json(args_type, read_config(folder, "--resume")["settings"])
+        check_bounds(saved)
+        check_bounds(saved.hyper)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"--resume {folder}: its config.json is damaged ({error})") from None
     ours, theirs = _flat(named), _flat(to_json(saved))
     differing = [k for k in ours if ours[k] != theirs.get(k) and k != "resume"]
     if differing:
