@@ -536,9 +536,10 @@ FAMILIES = {
         **LIGHT, target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, retrain_steps=12_000, cql_weight=10, entropy_per_action=-2, upsample=8 / 256),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "probe": dict(
-        **LIGHT, target_rate=0.05, intrinsic="none", discount=0.9, entropy_per_action=-3, cql_weight=0.01,
-        num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
+    "probe": LIGHT | dict(
+        actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, intrinsic="none", discount=0.9,
+        entropy_per_action=-3, cql_weight=0.01, num_samples=2, offline_steps=0, online_steps=3_000,
+        retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(**MAZE, intrinsic_coef=50, online_steps=2_000_000),
     "maze2d": dict(

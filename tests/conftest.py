@@ -18,6 +18,10 @@ SETTINGS = {  # for this process, which has not imported JAX yet, and for the pr
 }
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are shared
 hypothesis.settings.load_profile("no clock")
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+if CPUS and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    # One core for each process: the thread pools of several would spin against one another.
+    os.sched_setaffinity(0, {CPUS[int(worker.removeprefix("gw")) % len(CPUS)]})
 os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
 
 
@@ -28,9 +32,14 @@ def minari_folder(tmp_path_factory):
         yield
 
 
-def pytest_collection_modifyitems(items):
+def pytest_xdist_make_scheduler(config, log):
     """Each file goes to one of the processes as a whole; the contract of algos/, method by method."""
-    for item in items:
-        script = getattr(item, "callspec", None) and item.callspec.params.get("script")
-        group = f"{item.path.stem}-{script}" if item.path.stem == "test_algos" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return f"{file} {test.partition('[')[2].partition('-')[0]}" if "test_algos" in file else file
+
+    config.option.loadscopereorder = False  # long files begin with the alphabet here, not with many tests
+    return ByFile(config, log)

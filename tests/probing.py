@@ -19,31 +19,36 @@ KNOWN = [  # (probe, observation, its value under the best action, this action; 
 PROBES = list(dict.fromkeys(name for name, *_ in KNOWN))  # in the order of the one-hot part of observations
 
 
-def check(nets, agent, act, discount, where, without=()):
+def check(nets, agents, actors, act, discounts, where, without=()):
     """Values of the best actions and mean actions in `probe-all`, against those known.
 
-    `agent` is one run's; `act(obs)` plays its policy. `where` begins the message; the probes in `without` are
-    not asked. An agent without values imitates: its mean action is that of the random rows, 0.
+    `agents` are those of all runs, `act(actor, obs)` plays one of their policies, `discounts` has one number
+    per run. `where` begins the message; the probes in `without` are not asked. An agent without values
+    imitates: its mean action is that of the random rows, 0.
     """
-    known = [
-        (name, s, discount if value == "discount" else value, best)
-        for name, s, value, best in KNOWN
-        if name not in without
-    ]
+    known = [row for row in KNOWN if row[0] not in without]
     which = jax.nn.one_hot(jnp.array([PROBES.index(name) for name, *_ in known]), len(PROBES))
     obs = jnp.concatenate([jnp.float32([[s] for _, s, _, _ in known]), which], axis=1)
-    action = act(obs)
-    if hasattr(agent, "value"):
-        value = nets.value.apply(agent.value.params, obs)
-    elif hasattr(agent, "critic"):
-        value = nets.critic.apply(agent.critic.params, obs, action).min(axis=0)
-    else:
-        known, value = [(name, s, 0.0, 0.0) for name, s, _, _ in known], jnp.zeros(len(known))
-    wrong = [
-        f"{name} at {s}: value {v:.2f}, known {best_value}; action {a:.2f}, best {best}"
-        for (name, s, best_value, best), v, a in zip(known, value, action[:, 0])
-        if abs(v - best_value) > 0.12 or (best is not None and abs(a - best) > 0.2)
-    ]
+
+    def ask(agent, actor):
+        action = act(actor, obs)
+        if hasattr(agent, "value"):
+            return action, nets.value.apply(agent.value.params, obs)
+        if hasattr(agent, "critic"):
+            return action, nets.critic.apply(agent.critic.params, obs, action).min(axis=0)
+        return action, None
+
+    actions, values = jax.device_get(jax.jit(jax.vmap(ask))(agents, actors))
+    wrong = []
+    for r, discount in enumerate(discounts):
+        for i, (name, s, value, best) in enumerate(known):
+            value = discount if value == "discount" else value
+            if values is None:
+                value, best = None, 0.0
+            far = value is not None and abs(values[r, i] - value) > 0.12
+            if far or (best is not None and abs(actions[r, i, 0] - best) > 0.2):
+                found = "" if value is None else f"value {values[r, i]:.2f}, known {value}; "
+                wrong.append(f"run {r}: {name} at {s}: {found}action {actions[r, i, 0]:.2f}, best {best}")
     assert not wrong, "\n".join([where, *wrong])
 
 
