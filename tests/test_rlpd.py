@@ -216,7 +216,7 @@ def test_online_batches_are_drawn_as_set(monkeypatch, script, chunk):
 def test_offline_data_are_mixed_in_and_the_bonus_reaches_the_critics(tmp_path):
     """RND online, offline rows in every batch: the bonus falls as states get known, and lifts Q-values."""
     args = {"env": "probe-reward-is-obs", "num_seeds": 2, "rnd_units": 16, "rnd_lr": 1e-2}
-    args |= {"intrinsic": "rnd", "rnd_variant": "code"}
+    args |= {"intrinsic": "rnd", "utd_ratio": 0.25, "batch_size": 64}
     args |= {"online_steps": 800, "checkpoint_every": 400, "random_steps": 0, "runs_dir": str(tmp_path)}
     data = random_rows(tmp_path / "rows.npz", "probe-reward-is-obs", 1_000)
     run = trained(rlpd, whole=False, **args, dataset=data, name="it")
