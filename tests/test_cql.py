@@ -196,7 +196,8 @@ def test_pessimism_is_where_the_data_are_not(tmp_path):
 
 TINY = {
     "env": "probe-match-obs", "hidden": (8, 8), "critic_hidden": (8, 8), "num_seeds": 2, "batch_size": 16,
-    "online_steps": 64, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 1, "name": "it",
+    "online_steps": 64, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 1, "random_steps": 0,
+    "name": "it",
 }  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_sac_ft_starts_from_the_agents_of_a_run(tmp_path, capsys):
     before = trained(cql, whole=False, **small, **data, offline_steps=20, num_samples=2)
     saved, _ = before.ended["online"]
     # Learning rates of 0: what SAC ends with is what it began with.
-    start = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr", "target_rate", "random_steps"), 0)
+    start = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr", "target_rate"), 0)
     start |= {"init_from": str(before.result.folder)}
     agent, _ = trained(sac, whole=False, **small, **start).ended["online"]
     assert "(cql's agent): actor, critic, target_critic, alpha" in capsys.readouterr().out
