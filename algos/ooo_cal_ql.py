@@ -1,6 +1,7 @@
 """OOO on Cal-QL: explore with an optimistic policy, then retrain a pessimistic one from scratch on all data.
 
-Mark et al. (arXiv 2310.08558). Cal-QL (cal_ql.py) gathers data; CQL (cql.py), without floors, is handed over.
+Offline-to-Online-to-Offline RL (Mark et al., arXiv 2310.08558): Cal-QL (cal_ql.py) gathers data; the policy
+that is handed over is CQL's (cql.py), which has no floor under the values that it pushes down.
 
 1. pre-train  The explorer, Cal-QL, learns from the offline data, with r + c * bonus in place of r.
 2. explore    It acts and learns online, drawn by the bonus to what is new: RND's error.
@@ -528,18 +529,18 @@ def train(args: Args) -> Result:
 
 
 # The settings of OOO's and Cal-QL's code by environment family; those of the point mass are ours.
-LIGHT = dict(hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3)
 MAZE = dict(critic_hidden=(256,) * 4, lagrange=True, reward_scale=10, reward_bias=-5)
 HAND = dict(hidden=(512, 512), critic_hidden=(512, 512, 512), cql_weight=1, offline_steps=20_000)
 FAMILIES = {
     "point-mass-wall": dict(
-        **LIGHT, target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
+        hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+        target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, retrain_steps=12_000, cql_weight=10, entropy_per_action=-2, upsample=8 / 256),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "probe": LIGHT | dict(
-        actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, intrinsic="none", discount=0.9,
-        entropy_per_action=-3, cql_weight=0.01, num_samples=2, offline_steps=0, online_steps=3_000,
-        retrain_steps=3_000),
+    "probe": dict(
+        hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
+        critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, entropy_per_action=-3, cql_weight=0.01,
+        num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(**MAZE, intrinsic_coef=50, online_steps=2_000_000),
     "maze2d": dict(
