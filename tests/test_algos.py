@@ -357,17 +357,19 @@ def values_of(folder, seed, setting):
 
 
 def test_a_run_is_its_seed_and_setting_whatever_runs_beside_it(short):
-    """Seed 1 beside seed 0 is that beside seed 2; the others differ."""
-    for setting in SETTINGS:
-        ours, theirs = (values_of(folder, 1, setting) for folder in short)
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4, err_msg=str(key))
-    values = {label: values_of(short[0], *label) for label in LABELS}
-    learns_q = any(metric == "q" for *_, metric in values[LABELS[0]])
+    """Seed 1 beside seed 0 is that beside seed 2; the others differ, ten times as much as rounding does."""
+    ours, theirs = ({label: values_of(folder, *label) for label in LABELS[1::2]} for folder in short)
+    assert ours[LABELS[1]].keys() == theirs[LABELS[1]].keys()
+    rounding = max(apart(ours[label], theirs[label]) for label in ours)
+    assert rounding < 1e-4
+    learns_q = any(metric == "q" for *_, metric in ours[LABELS[1]])
     for other in (LABELS[0], *[LABELS[3]] * learns_q):  # another seed; another discount
-        apart = (abs(values[other][key] - value) for key, value in values[LABELS[1]].items())
-        assert max(apart) > 1e-3, other
+        assert apart(values_of(short[0], *other), ours[LABELS[1]]) > max(10 * rounding, 1e-5), other
+
+
+def apart(values, others):
+    """The largest difference of two runs' metrics, relative where they are beyond 1."""
+    return max(abs(values[key] - other) / max(1, abs(other)) for key, other in others.items())
 
 
 def test_a_run_that_stops_goes_on_to_the_same_bits(script, rows, together, short, tmp_path):

@@ -206,7 +206,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_record(tmp_path, monkeypatch):
     session.tracker("online", 40, {"q": np.float32([2])})
     opened(iql, iql.Args(resume=str(session.path)))
     first, second = wandb.begun
-    assert first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
+    assert first["id"] and first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
     assert wandb.logged == [{"online/step": 40, "online/q/seed0": 2.0}]
 
 
