@@ -13,15 +13,13 @@ SETTINGS = {  # for this process, which has not imported JAX yet, and for the pr
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two test processes share an accelerator
     "JAX_COMPILATION_CACHE_DIR": str(REPO / ".jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    # much is compiled here and little run (level 3 otherwise)
+    # Much is compiled here and little run (level 3 otherwise).
     "XLA_FLAGS": "--xla_backend_optimization_level=1",
 }
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are shared
 hypothesis.settings.load_profile("no clock")
-CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-if CPUS and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
-    # One core for each process: the thread pools of several would spin against one another.
-    os.sched_setaffinity(0, {CPUS[int(worker.removeprefix("gw")) % len(CPUS)]})
+if "PYTEST_XDIST_WORKER" in os.environ:
+    SETTINGS["NPROC"] = "1"  # threads of XLA: the pools of several processes would spin against one another
 os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
 
 

@@ -18,16 +18,16 @@ from ooo_rl.data.runs.settings import launch, parse
 
 REPO = pathlib.Path(__file__).parents[1]
 COMMON = (
-    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 200 "
-    "--online-steps 1600 --num-envs 8 "
-    "--utd-ratio 0.125 --eval-episodes 2 --eval-every 200 --checkpoint-every 50 --name it"
+    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 160 "
+    "--online-steps 800 --num-envs 8 "
+    "--utd-ratio 0.125 --eval-episodes 2 --eval-every 160 --checkpoint-every 80 --name it"
 )
 BODY = (
     "--env hopper --physics mujoco --hidden 8 --num-seeds 2 --batch-size 16 --offline-steps 0 "
     "--online-steps 800 --num-envs 4 "
-    "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 40 --name it"
+    "--utd-ratio 0.25 --eval-episodes 1 --eval-every 400 --checkpoint-every 80 --name it"
 )
-FLAGS = [*COMMON.split(), "--retrain-steps", "200"]
+FLAGS = [*COMMON.split(), "--retrain-steps", "160"]
 TIMING = ("wall_seconds", "seed_updates_per_second", "env_steps_per_second", "compile_seconds")
 
 

@@ -39,7 +39,8 @@ def datasets_path(tmp_path_factory):
         yield
 
 
-def run(runs_dir, name, *flags, module=ooo_iql, whole=True):
+def run(runs_dir, name, *flags, module=ooo_iql, **how):
+    """(The run's folder, what `trained` returned)."""
     flags = [
         *TINY.split(),
         *(["--retrain-steps", "40"] if module is ooo_iql else []),
@@ -50,8 +51,8 @@ def run(runs_dir, name, *flags, module=ooo_iql, whole=True):
         str(runs_dir),
     ]
     args = parse(module.Args, flags)
-    trained(module, whole, **{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
-    return runs_dir / module.__name__.split(".")[-1] / "point-mass-wall" / name
+    done = trained(module, **how, **{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
+    return runs_dir / module.__name__.split(".")[-1] / "point-mass-wall" / name, done
 
 
 def result_of(folder):
@@ -79,7 +80,7 @@ def check_schema(folder, method, phases, runs=2, env="point-mass-wall"):
                 if (r["phase"], r["metric"]) == (name, f"eval/{measure}")
             ][-runs:]
             np.testing.assert_array_equal(logged, [math.nan if v is None else v for v in values])
-    assert result["wall_seconds"] > result["compile_seconds"] > 0 and result["seed_updates_per_second"] > 0
+    assert result["wall_seconds"] > result["compile_seconds"] >= 0 and result["seed_updates_per_second"] > 0
     assert (result["env_steps_per_second"] > 0) == ("online" in phases)
     with_map = ("figures/map.png", "paths.npz") if env == "point-mass-wall" else ()
     for name in ("config.json", "dataset.json", "figures/success.png", *with_map):
@@ -93,7 +94,7 @@ def swept(tmp_path_factory):
     """Two settings x two seeds, of which the second setting breaks; and the same with a second setting that
     does not.
     """
-    place, found = tmp_path_factory.mktemp("swept"), {}
+    place, found, done = tmp_path_factory.mktemp("swept"), {}, None
     patch = pytest.MonkeyPatch()
     patch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
     flags = "--retrain-at 160 320 --sync-explorer --track tensorboard --export"
@@ -103,7 +104,8 @@ def swept(tmp_path_factory):
             streams.setattr(sys, "stdout", stdout)
             streams.setattr(sys, "stderr", stderr)
             streams.setenv("COLUMNS", "200")
-            folder = run(place, name, "--sweep", f"critic-lr={values}", *flags.split(), f"ooo/{name}")
+            words = "--sweep", f"critic-lr={values}", *flags.split(), f"ooo/{name}"
+            folder, done = run(place, name, *words, like=done)
         found[name] = folder, out.read_text(), err.read_text()
     yield found
     patch.undo()
@@ -217,7 +219,7 @@ def test_when_every_seed_breaks_the_run_says_so(tmp_path, capsys):
     ],
 )
 def test_switches_of_ooo_iql(tmp_path, flags, phases):
-    folder = run(tmp_path, "it", *flags.split(), whole=False)
+    folder, _ = run(tmp_path, "it", *flags.split(), whole=False)
     assert {r["phase"] for r in rows_of(folder)} == set(phases)
     bonus = [
         float(r["value"]) for r in rows_of(folder) if r["metric"] == "bonus" and r["phase"] == phases[-1]
@@ -226,6 +228,7 @@ def test_switches_of_ooo_iql(tmp_path, flags, phases):
 
 
 def test_iql_on_data_alone(tmp_path):
-    result = check_schema(run(tmp_path, "it", "--online-steps", "0", module=iql), "iql", ("offline",))
+    folder, _ = run(tmp_path, "it", "--online-steps", "0", module=iql)
+    result = check_schema(folder, "iql", ("offline",))
     assert result["dataset"] == "ooo/point-mass-wall/over-v0"
     assert "settings" not in result and result["seeds"] == [0, 1]
