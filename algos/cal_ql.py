@@ -344,51 +344,48 @@ def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transiti
     return scan_mean(step, state, length)
 
 
-def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
-    """`length` steps of all environments; once --random-steps are over, gradient steps follow each of them.
+def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int, learns: bool):
+    """`length` steps of all environments, gradient steps after each; random ones unless it `learns`.
 
     `added` [] online rows come before.
     """
     args, num_updates = static.args, round(static.args.num_envs * static.args.utd_ratio)
     offline = with_returns(offline, state.returns.offline)
 
-    def learn(agent, ring, added, key):
-        sample_key, update_key = jax.random.split(key)
-        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        one_step = lambda agent, xs: update(static, hyper, agent, *xs)  # noqa: E731
-        agent, metrics = jax.lax.scan(one_step, agent, (batches, keys))
-        return agent, jax.tree.map(jnp.mean, metrics)
-
-    def idle(agent, *others):
-        metrics = jax.eval_shape(learn, agent, *others)[1]
-        return agent, jax.tree.map(lambda x: jnp.zeros(x.shape), metrics)
-
     def step(carry):
         state, added = carry
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
         obs = state.env_state.obs
-        action = act(static.nets, state.agent.actor.params, obs, act_key)
-        at_random = jax.random.uniform(act_key, action.shape, minval=-1.0)
-        action = jnp.where(added < args.random_steps, at_random, action)
+        if learns:
+            action = act(static.nets, state.agent.actor.params, obs, act_key)
+        else:
+            action = jax.random.uniform(act_key, (args.num_envs, static.env.action_size), minval=-1.0)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, without_returns(rows), added, reached.info["broken"])
         ring, returns = state.returns.record(hyper, ring, reached, added, args.mc_bootstrap)
         added = added + args.num_envs
 
-        learns = added > args.random_steps
-        agent, metrics = jax.lax.cond(learns, learn, idle, state.agent, ring, added, learn_key)
-        return (State(agent, env_state, ring, returns, key), added), {**metrics, **envs.tally(reached)}
+        state = state.replace(env_state=env_state, ring=ring, returns=returns, key=key)
+        if not learns:
+            return (state, added), envs.tally(reached)
+        sample_key, update_key = jax.random.split(learn_key)
+        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
+        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
+        one_step = lambda agent, xs: update(static, hyper, agent, *xs)  # noqa: E731
+        agent, metrics = jax.lax.scan(one_step, state.agent, (batches, keys))
+        metrics = jax.tree.map(jnp.mean, metrics) | envs.tally(reached)
+        return (state.replace(agent=agent), added), metrics
 
     (state, _), metrics = scan_mean(step, (state, added), length)
     return state, metrics
 
 
-# as in iql.py
+# as in sac.py
 def make_plan(args: Args) -> list[Phase]:
-    """Pre-training, then fine-tuning."""
-    return [Phase("offline", 0, args.offline_steps), Phase("online", 0, args.online_steps, acts=True)]
+    """Pre-training, then fine-tuning, which begins with random steps."""
+    online = Phase("online", 0, args.online_steps, acts=True, idle=args.random_steps)
+    return [Phase("offline", 0, args.offline_steps), online]
 
 
 # as in sac.py
@@ -411,7 +408,8 @@ def train(args: Args) -> Result:
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         else:
-            state, metrics = finetune(state, hyper, offline, chunk.collected, length=chunk.iterations)
+            how = {"length": chunk.iterations, "learns": chunk.learns}
+            state, metrics = finetune(state, hyper, offline, chunk.collected, **how)
         session.after(chunk, metrics, state)
 
     return session.conclude(state, export, {"policy": state.agent})

@@ -383,42 +383,37 @@ def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transiti
     return scan_mean(step, state, length)
 
 
-def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
-    """`length` steps of all environments; once --random-steps are over, blocks of steps follow each of them.
+def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int, learns: bool):
+    """`length` steps of all environments, blocks of steps after each; random ones unless it `learns`.
 
     `added` [] online rows come before.
     """
     args = static.args
     num_blocks = round(args.num_envs * args.utd_ratio) // args.policy_every
 
-    def learn(learners, ring, added, key):
-        sample_key, update_key = jax.random.split(key)
-        shape = (num_blocks, args.policy_every, args.batch_size)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        blocks = batches, jax.random.split(update_key, num_blocks)
-        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, blocks)
-        return learners, jax.tree.map(jnp.mean, metrics)
-
-    def idle(learners, *others):
-        metrics = jax.eval_shape(learn, learners, *others)[1]
-        return learners, jax.tree.map(lambda x: jnp.zeros(x.shape), metrics)
-
     def step(carry):
         state, added = carry
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
         obs = state.env_state.obs
-        action = act(static.nets, state.explorer.actor.params, obs, act_key)
-        at_random = jax.random.uniform(act_key, action.shape, minval=-1.0)
-        action = jnp.where(added < args.random_steps, at_random, action)
+        if learns:
+            action = act(static.nets, state.explorer.actor.params, obs, act_key)
+        else:
+            action = jax.random.uniform(act_key, (args.num_envs, static.env.action_size), minval=-1.0)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
         added = added + args.num_envs
 
-        given = (state.explorer, state.bonus), ring, added, learn_key
-        (explorer, memory), metrics = jax.lax.cond(added > args.random_steps, learn, idle, *given)
-        state = State(explorer, state.exploiter, memory, env_state, ring, key)
-        return (state, added), {**metrics, **envs.tally(reached)}
+        state = state.replace(env_state=env_state, ring=ring, key=key)
+        if not learns:
+            return (state, added), envs.tally(reached)
+        sample_key, update_key = jax.random.split(learn_key)
+        shape = (num_blocks, args.policy_every, args.batch_size)
+        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
+        blocks, learners = (batches, jax.random.split(update_key, num_blocks)), (state.explorer, state.bonus)
+        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, blocks)
+        metrics = jax.tree.map(jnp.mean, metrics) | envs.tally(reached)
+        return (state.replace(explorer=learners[0], bonus=learners[1]), added), metrics
 
     (state, _), metrics = scan_mean(step, (state, added), length)
     return state, metrics
@@ -479,13 +474,14 @@ def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then exploration with a retraining at each of --retrain-at."""
     check_critics(args)
     plan, now = [Phase("offline", 0, args.offline_steps, "explorer")], 0
+    online = partial(Phase, "online", agent="explorer", acts=True, idle=args.random_steps)
     stops = sorted(set(args.retrain_at or (args.online_steps,)))
     for stop in stops:
         name = "retrained" if stop == stops[-1] else f"retrained@{stop}"
-        plan.append(Phase("online", now, stop, "explorer", acts=True))
+        plan.append(online(now, stop))
         plan.append(Phase(name, 0, args.retrain_steps, "exploiter", collected=stop))
         now = stop
-    return [*plan, Phase("online", now, args.online_steps, "explorer", acts=True)]
+    return [*plan, online(now, args.online_steps)]
 
 
 # as in rlpd.py
@@ -510,7 +506,8 @@ def train(args: Args) -> Result:
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         elif chunk.phase == "online":
-            state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.iterations)
+            how = {"length": chunk.iterations, "learns": chunk.learns}
+            state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
             if chunk.first and not args.warm_start:
                 state = state.replace(exploiter=initialise(session.keys).exploiter)

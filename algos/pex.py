@@ -324,24 +324,12 @@ def expand(static: Static, state: State) -> State:
     return state.replace(agent=agent, frozen=state.agent.actor.params, key=key)
 
 
-def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
-    """`length` steps of all environments; after --learning-starts rows, gradient steps follow each of them.
+def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int, learns: bool):
+    """`length` steps of all environments, gradient steps after each if it `learns` already.
 
     `added` [] online rows come before.
     """
     args, num_updates = static.args, round(static.args.num_envs * static.args.utd_ratio)
-
-    def learn(agent, frozen, ring, added, key):
-        sample_key, update_key = jax.random.split(key)
-        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        one_step = lambda agent, xs: expanded_update(static, hyper, agent, frozen, *xs)  # noqa: E731
-        agent, metrics = jax.lax.scan(one_step, agent, (batches, keys))
-        return agent, jax.tree.map(jnp.mean, metrics)
-
-    def idle(agent, *others):
-        metrics = jax.eval_shape(learn, agent, *others)[1]
-        return agent, jax.tree.map(lambda x: jnp.zeros(x.shape), metrics)
 
     def step(carry):
         state, added = carry
@@ -354,18 +342,25 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
         added = added + args.num_envs
 
-        learns = added > args.learning_starts
-        agent, metrics = jax.lax.cond(learns, learn, idle, state.agent, frozen, ring, added, learn_key)
-        return (State(agent, frozen, env_state, ring, key), added), {**metrics, **envs.tally(reached)}
+        state = state.replace(env_state=env_state, ring=ring, key=key)
+        if not learns:
+            return (state, added), envs.tally(reached)
+        sample_key, update_key = jax.random.split(learn_key)
+        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
+        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
+        one_step = lambda agent, xs: expanded_update(static, hyper, agent, frozen, *xs)  # noqa: E731
+        agent, metrics = jax.lax.scan(one_step, state.agent, (batches, keys))
+        metrics = jax.tree.map(jnp.mean, metrics) | envs.tally(reached)
+        return (state.replace(agent=agent), added), metrics
 
     (state, _), metrics = scan_mean(step, (state, added), length)
     return state, metrics
 
 
-# as in iql.py
 def make_plan(args: Args) -> list[Phase]:
-    """Pre-training, then fine-tuning."""
-    return [Phase("offline", 0, args.offline_steps), Phase("online", 0, args.online_steps, acts=True)]
+    """Pre-training, then fine-tuning, which begins without learning."""
+    online = Phase("online", 0, args.online_steps, acts=True, idle=args.learning_starts)
+    return [Phase("offline", 0, args.offline_steps), online]
 
 
 # as in iql.py
@@ -391,7 +386,8 @@ def train(args: Args) -> Result:
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         else:
             state = add_policy(state) if chunk.first else state
-            state, metrics = finetune(state, hyper, offline, chunk.collected, length=chunk.iterations)
+            how = {"length": chunk.iterations, "learns": chunk.learns}
+            state, metrics = finetune(state, hyper, offline, chunk.collected, **how)
         # Offline both policies are one, so that the same program evaluates IQL.
         frozen = state.agent.actor.params if chunk.phase == "offline" else state.frozen
         session.after(chunk, metrics, state, actor=compose(frozen, state.agent, hyper))

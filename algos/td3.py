@@ -342,40 +342,36 @@ def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transiti
     return scan_mean(step, state, length)
 
 
-def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
-    """`length` steps of all environments; once --random-steps are over, gradient steps follow each of them.
+def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int, learns: bool):
+    """`length` steps of all environments, gradient steps after each; random ones unless it `learns`.
 
     `added` [] online rows come before.
     """
     args, num_updates = static.args, round(static.args.num_envs * static.args.utd_ratio)
 
-    def learn(learners, ring, added, key):
-        sample_key, update_key = jax.random.split(key)
-        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, (batches, keys))
-        return learners, jax.tree.map(jnp.mean, metrics)
-
-    def idle(learners, *others):
-        metrics = jax.eval_shape(learn, learners, *others)[1]
-        return learners, jax.tree.map(lambda x: jnp.zeros(x.shape), metrics)
-
     def step(carry):
         state, added = carry
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
         obs = state.env_state.obs
-        action = act(static.nets, state.explorer.actor.params, obs, act_key, hyper.exploration_noise)
-        at_random = jax.random.uniform(act_key, action.shape, minval=-1.0)
-        action = jnp.where(added < args.random_steps, at_random, action)
+        if learns:
+            action = act(static.nets, state.explorer.actor.params, obs, act_key, hyper.exploration_noise)
+        else:
+            action = jax.random.uniform(act_key, (args.num_envs, static.env.action_size), minval=-1.0)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
-        learners, added = (state.explorer, state.bonus), added + args.num_envs
+        added = added + args.num_envs
 
-        learns = added > args.random_steps
-        learners, metrics = jax.lax.cond(learns, learn, idle, learners, ring, added, learn_key)
-        state = State(learners[0], state.exploiter, learners[1], env_state, ring, key)
-        return (state, added), {**metrics, **envs.tally(reached)}
+        state = state.replace(env_state=env_state, ring=ring, key=key)
+        if not learns:
+            return (state, added), envs.tally(reached)
+        sample_key, update_key = jax.random.split(learn_key)
+        shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
+        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
+        learners = state.explorer, state.bonus
+        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, (batches, keys))
+        metrics = jax.tree.map(jnp.mean, metrics) | envs.tally(reached)
+        return (state.replace(explorer=learners[0], bonus=learners[1]), added), metrics
 
     (state, _), metrics = scan_mean(step, (state, added), length)
     return state, metrics
@@ -418,17 +414,17 @@ def retrain_chunk(static: Static, state: State, hyper: Hyper, offline, added, *,
     return state.replace(exploiter=exploiter, key=key), metrics
 
 
-# as in ooo_iql.py
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then exploration with a retraining at each of --retrain-at."""
     plan, now = [Phase("offline", 0, args.offline_steps, "explorer")], 0
+    online = partial(Phase, "online", agent="explorer", acts=True, idle=args.random_steps)
     stops = sorted(set(args.retrain_at or (args.online_steps,)))
     for stop in stops:
         name = "retrained" if stop == stops[-1] else f"retrained@{stop}"
-        plan.append(Phase("online", now, stop, "explorer", acts=True))
+        plan.append(online(now, stop))
         plan.append(Phase(name, 0, args.retrain_steps, "exploiter", collected=stop))
         now = stop
-    return [*plan, Phase("online", now, args.online_steps, "explorer", acts=True)]
+    return [*plan, online(now, args.online_steps)]
 
 
 def make_nets(session: Session) -> Nets:
@@ -453,7 +449,8 @@ def train(args: Args) -> Result:
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         elif chunk.phase == "online":
-            state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.iterations)
+            how = {"length": chunk.iterations, "learns": chunk.learns}
+            state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
             if chunk.first:
                 state = state.replace(exploiter=initialise(session.keys).exploiter)

@@ -203,7 +203,7 @@ def drifting(slots, *lengths):
     )  # fmt: skip
     hyper = cal_ql.Hyper(discount=0.9, actor_lr=0.0, critic_lr=0.0, alpha_lr=0.0)
     state, added = jax.jit(partial(cal_ql.init_state, static))(hyper, None, None, jax.random.PRNGKey(1)), 0
-    run = jax.jit(partial(cal_ql.finetune_chunk, static), static_argnames="length")
+    run = jax.jit(partial(cal_ql.finetune_chunk, static, learns=True), static_argnames="length")
     for length in lengths:
         state, metrics = run(state, hyper, None, jnp.int32(added), length=length)
         assert metrics["nonfinite_at"] == -1

@@ -352,12 +352,16 @@ def test_config_round_trip(module):
     st.integers(0, 90),
     st.sampled_from([1, 3, 8]),
     st.sampled_from(["online", "x"]),
+    st.integers(0, 500),
 )
-def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every, num_envs, phase):
+def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every, num_envs, phase, idle):
     block = num_envs if phase == "online" else 1
     start, end = start * block, (start + length) * block
     args = SimpleNamespace(eval_every=evaluate_every, checkpoint_every=save_every, num_envs=num_envs)
-    found = plan.cut_phase(args, plan.Phase(phase, start, end, acts=phase == "online", collected=7))
+    found = plan.cut_phase(
+        args, plan.Phase(phase, start, end, acts=phase == "online", collected=7, idle=idle)
+    )
+    assert [c.learns for c in found] == [c.start >= idle for c in found]
     steps = [step for c in found for step in range(c.start, c.start + c.length)]
     assert steps == list(range(start, end))
     assert all(c.length > 0 and c.length % block == 0 and c.phase == phase for c in found)
@@ -375,7 +379,7 @@ def test_chunks_cover_every_step_once(start, length, evaluate_every, save_every,
     evaluate_every = evaluate_every or max(-(-(end - start) // 4), 1)
     assert {c.start + c.length for c in found if c.evaluate} == due(evaluate_every)
     assert {c.start + c.length for c in found if c.save} == due(save_every or evaluate_every)
-    assert all(c.evaluate or c.save for c in found)
+    assert all(c.evaluate or c.save or not c.learns for c in found)
 
 
 def test_the_plan_retrains_where_asked():

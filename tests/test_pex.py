@@ -230,8 +230,7 @@ def test_offline_it_is_iql_to_the_bit(ran):
 def test_nothing_is_learnt_before_learning_starts(ran):
     lines = [line.split(",") for line in lines_of(ran[0], "online") if ",0,,critic_loss," in line]
     losses = {int(line[1]): float(line[-1]) for line in lines}
-    assert losses.keys() == {80, 160, 240, 320}
-    assert losses[80] == losses[160] == 0 and losses[240] > 0 and losses[320] > 0
+    assert losses.keys() == {240, 320} and min(losses.values()) > 0
 
 
 def test_actions_are_stored_as_they_were_drawn(ran):

@@ -209,7 +209,7 @@ def test_online_batches_are_drawn_as_set(monkeypatch, script, chunk):
     static = static_of(script, "probe-match-obs", offline_ratio=0.25, **settings)
     state = jax.eval_shape(partial(script.init_state, static), jax.random.PRNGKey(0))
     given = state, script.Hyper(), numbered(20, 0), jnp.int32(0)
-    jax.eval_shape(partial(chunk, static, length=2), *given)
+    jax.eval_shape(partial(chunk, static, length=2, learns=True), *given)
     assert set(asked) == {(0.25, (3, 4, BATCH))}
 
 

@@ -14,6 +14,7 @@ class Phase(NamedTuple):
     agent: the field of the method's state that holds the agent it trains.
     acts: whether its steps are environment steps, which gradient steps follow; else they are gradient steps.
     collected: online rows that are there before a phase that does not act.
+    idle: its environment steps before this one are followed by no gradient step.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Phase(NamedTuple):
     agent: str = "agent"
     acts: bool = False
     collected: int = 0
+    idle: int = 0
 
 
 class Chunk(NamedTuple):
@@ -38,6 +40,7 @@ class Chunk(NamedTuple):
     acts: bool
     collected: int  # online rows, before the chunk
     iterations: int  # steps of all environments at once where it acts, else gradient steps
+    learns: bool  # whether there are gradient steps at all
 
 
 def cut(args: Any, plan: list[Phase]) -> list[Chunk]:
@@ -81,7 +84,9 @@ def cut_phase(args: Any, phase: Phase) -> list[Chunk]:
     if end <= start:
         return []
     block = args.num_envs if phase.acts else 1
-    cuts = {end: (True, True)}
+    cuts, learning = {end: (True, True)}, math.ceil(phase.idle / block) * block
+    if start < learning < end:
+        cuts[learning] = (False, False)
     evaluate_every = args.eval_every or math.ceil((end - start) / 4)
     for every, mark in (
         (evaluate_every, (True, False)),
@@ -96,7 +101,7 @@ def cut_phase(args: Any, phase: Phase) -> list[Chunk]:
         Chunk(
             phase.name, a, b - a, *cuts[b], first=a == start, last=b == end,
             agent=phase.agent, acts=phase.acts,
-            collected=a if phase.acts else phase.collected, iterations=(b - a) // block,
+            collected=a if phase.acts else phase.collected, iterations=(b - a) // block, learns=a >= learning,
         )
         for a, b in itertools.pairwise(edges)
     ]  # fmt: skip

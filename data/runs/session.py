@@ -256,7 +256,8 @@ class Session:
         seconds = self._run_seconds() - self.chunk_began
         self.work["run"] += seconds
         self.work["online"] += seconds * chunk.acts
-        self.work["updates"] += num_runs * round(chunk.length * (self.args.utd_ratio if chunk.acts else 1))
+        updates_per_step = (self.args.utd_ratio if chunk.acts else 1) * chunk.learns
+        self.work["updates"] += num_runs * round(chunk.length * updates_per_step)
         self.work["env_steps"] += num_runs * chunk.length * chunk.acts
         self._log(
             chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
