@@ -10,7 +10,8 @@ import jax
 
 from ooo_rl.data.errors import UsageError
 
-HARMLESS = ("--xla_backend_optimization_level", "--xla_force_host_platform_device_count")  # XLA knows these
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
+HARMLESS = ("--xla_backend_optimization_level", DEVICE_COUNT)  # XLA knows these
 
 
 @contextlib.contextmanager
@@ -23,6 +24,17 @@ def usual_promotion() -> Iterator[None]:
 def use_float32() -> None:
     """Takes back JAX_ENABLE_X64 in a process that is ours: all programs compute in float32."""
     jax.config.update("jax_enable_x64", False)
+
+
+def use_all_cores() -> None:
+    """Makes each core of a CPU one of JAX's devices, unless the user has said how many there are to be.
+
+    Only before JAX has been used.
+    """
+    told = "JAX_NUM_CPU_DEVICES" in os.environ or DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
+    if not told:
+        ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", len(ours))
 
 
 def check_jax() -> None:

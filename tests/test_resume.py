@@ -3,6 +3,7 @@ says why.
 """
 
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -18,7 +19,7 @@ from ooo_rl.data.runs.settings import launch, parse
 
 REPO = pathlib.Path(__file__).parents[1]
 COMMON = (
-    "--env point-mass-wall --hidden 16 16 --num-seeds 2 --batch-size 32 --offline-steps 160 "
+    "--env point-mass-wall --hidden 16 16 --num-seeds 3 --batch-size 32 --offline-steps 160 "
     "--online-steps 800 --num-envs 8 "
     "--utd-ratio 0.125 --eval-episodes 2 --eval-every 160 --checkpoint-every 80 --name it"
 )
@@ -40,12 +41,13 @@ def place(tmp_path_factory):
         yield place
 
 
-def start(place, method, *flags):
+def start(place, method, *flags, devices=2):
     (place / "log").touch()
     with (place / "log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, REPO / f"algos/{method}.py", *flags], cwd=place, stdout=log, stderr=log
-        )
+            [sys.executable, REPO / f"algos/{method}.py", *flags], cwd=place, stdout=log, stderr=log,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+        )  # fmt: skip
 
 
 def finish(place, process):
@@ -99,13 +101,16 @@ def assert_same(folder, expected):
 
 
 def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed):
+    """Its three seeds go on on another number of devices each time."""
     rng, folder = random.Random(0), place / "killed" / "ooo_iql" / "point-mass-wall" / "it"
     process = start(place, "ooo_iql", *FLAGS, "--runs-dir", "killed")
     assert kill_when(process, (folder / "config.json").exists), (
         "the run ended before it could be killed as it began"
     )
-    for phase, moment in (("offline", "any"), ("online", "checkpoint"), ("retrained", "checkpoint")):
-        process, seen, delay = start(place, "ooo_iql", "--resume", folder), [], rng.uniform(0, 0.3)
+    stops = ("offline", "any", 1), ("online", "checkpoint", 3), ("retrained", "checkpoint", 2)
+    for phase, moment, devices in stops:
+        process = start(place, "ooo_iql", "--resume", folder, devices=devices)
+        seen, delay = [], rng.uniform(0, 0.3)
 
         def condition(phase=phase, moment=moment, seen=seen, delay=delay):
             if phase_of(folder) != phase:
@@ -116,7 +121,7 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed):
             return time.monotonic() > seen[0] + delay
 
         assert kill_when(process, condition) or moment == "any", f"no checkpoint was caught in {phase}"
-    finish(place, start(place, "ooo_iql", "--resume", folder))
+    finish(place, start(place, "ooo_iql", "--resume", folder, devices=1))
     assert_same(folder, undisturbed)
 
 
@@ -166,7 +171,7 @@ def test_an_interrupted_write_of_paths_or_metrics_is_mended(monkeypatch, copy, u
     assert_same(copy, undisturbed)
 
 
-@pytest.mark.parametrize("flag", ["--num-seeds 3", "--expectile 0.5", "--hidden 8 8", "--dataset none"])
+@pytest.mark.parametrize("flag", ["--num-seeds 4", "--expectile 0.5", "--hidden 8 8", "--dataset none"])
 def test_other_settings_are_refused_by_name(monkeypatch, capsys, undisturbed, flag):
     message = refused(monkeypatch, capsys, undisturbed, *flag.split())
     name, _, value = flag[2:].partition(" ")
@@ -175,7 +180,7 @@ def test_other_settings_are_refused_by_name(monkeypatch, capsys, undisturbed, fl
 
 def test_the_same_settings_may_be_repeated(undisturbed):
     folder = str(undisturbed)
-    assert parse(ooo_iql.Args, ["--resume", folder, "--num-seeds", "2"]).resume == folder
+    assert parse(ooo_iql.Args, ["--resume", folder, "--num-seeds", "3"]).resume == folder
 
 
 def test_what_is_no_run_is_refused(monkeypatch, capsys, undisturbed, tmp_path):

@@ -42,15 +42,17 @@ class Checkpoints:
                 f"free some, then --resume {self.folder}"
             ) from error
 
-    def restore(self, state: Any) -> tuple[Any, dict] | None:
-        """(state, host) of the last checkpoint, or None if there is none yet.
+    def restore(self, state: Any, num_runs: int) -> tuple[Any, dict] | None:
+        """(state [num_runs, ...], host) of the last checkpoint, or None if there is none yet.
 
-        `state` gives the shapes and the devices of the arrays.
+        `state` [places, ...] gives the other axes of the arrays, and their devices if no place is idle.
         """
         position = self.manager.latest_step()
         if position is None:
             return None
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        if num_runs < len(jax.tree.leaves(state)[0]):
+            template = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), template)
         what = ocp.args.Composite(state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore())
         try:
             saved = self.manager.restore(position, args=what)

@@ -1,15 +1,22 @@
 """Turns the function of one run into one compiled program for all runs.
 
-The program is vmapped over seeds and swept values, and sharded over devices.
+Runs are seeds and swept values. They are spread over the devices: each device holds equally many. On an
+accelerator a device computes its runs at once (`vmap`). On a CPU each core is a device, and computes its runs
+in turn: more at once would only push one another out of its caches. A run then has the same bits whatever
+runs are beside it. A function that calls the host (the C engine) gets all runs of a device at once there too,
+because one call for many worlds costs less than many calls.
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ooo_rl.data.modes import usual_promotion
@@ -18,19 +25,35 @@ RUNS, EVERYWHERE = PartitionSpec("runs"), PartitionSpec()
 SHARED = ("offline", "truncation", "added")  # names of the arguments that are the same for all runs
 
 
-def mesh_for(num_runs: int) -> Mesh:
-    """The visible devices in a row, as many as divide `num_runs`: all then hold the same number of runs."""
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if num_runs % n == 0)
-    return Mesh(devices[:count], ("runs",))
+def mesh_for(num_runs: int, devices: list | None = None) -> Mesh:
+    """As many of the `devices` (all that are visible) as are needed, if each holds equally many runs."""
+    devices = jax.devices() if devices is None else devices
+    per_device = math.ceil(num_runs / len(devices))
+    return Mesh(devices[: math.ceil(num_runs / per_device)], ("runs",))
 
 
 def place(tree, mesh: Mesh, spec: PartitionSpec):
-    """`tree` on the devices: RUNS splits its leading axis among them, EVERYWHERE gives each all of it."""
+    """`tree` on the devices: RUNS splits its leading axis among them, EVERYWHERE gives each all of it.
+
+    Where the devices do not divide the runs, copies of the last run fill what is left. `real` drops them.
+    """
+    if spec == RUNS:
+        tree = jax.tree.map(lambda x: filled(x, mesh.size), tree)
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
-def for_runs(function: Callable, axes: tuple[int | None, ...]) -> Callable:
+def filled(x: jax.Array, size: int) -> jax.Array:
+    """`x` with its last row repeated until `size` divides the number of rows."""
+    missing = -len(x) % size
+    return jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+
+
+def real(tree, num_runs: int):
+    """`tree` [places, ...] on the host, without the copies that fill the devices: [runs, ...]."""
+    return jax.tree.map(lambda x: x[:num_runs], jax.device_get(tree))
+
+
+def at_once(function: Callable, axes: tuple[int | None, ...]) -> Callable:
     """`jax.vmap(function, axes)`, in which a single run is not batched at all.
 
     An axis of length one costs time. On a CPU, RLPD's products of ten critics take twice as long with it, and
@@ -38,16 +61,68 @@ def for_runs(function: Callable, axes: tuple[int | None, ...]) -> Callable:
     """
 
     def mapped(*arguments):
-        runs = jax.tree.leaves([a for a, axis in zip(arguments, axes) if axis == 0])[0].shape[0]
-        if runs > 1:
+        if _count(arguments, axes) > 1:
             return jax.vmap(function, in_axes=axes)(*arguments)
-        alone = [
-            a if axis is None else jax.tree.map(partial(jnp.squeeze, axis=0), a)
-            for a, axis in zip(arguments, axes)
-        ]
-        return jax.tree.map(lambda x: x[None], function(*alone))
+        return jax.tree.map(lambda x: x[None], function(*_one(0, arguments, axes)))
 
     return mapped
+
+
+def in_turn(function: Callable, axes: tuple[int | None, ...], keeps_state: bool) -> Callable:
+    """Like `at_once`, one run after another.
+
+    If it `keeps_state`, the first argument is a state that the function returns, alone or first. The new
+    states then take the memory of the old ones.
+    """
+
+    def mapped(*arguments):
+        runs = jnp.arange(_count(arguments, axes))
+        if len(runs) == 1:
+            return at_once(function, axes)(*arguments)
+        if not keeps_state:
+            return jax.lax.map(lambda r: function(*_one(r, arguments, axes)), runs)
+        alone = False
+
+        def turn(states, r):
+            nonlocal alone
+            results = function(*_one(r, (states, *arguments[1:]), axes))
+            alone = jax.tree.structure(results) == jax.tree.structure(states)
+            state, *others = (results,) if alone else results
+            return jax.tree.map(lambda all_, new: all_.at[r].set(new), states, state), others
+
+        states, others = jax.lax.scan(turn, arguments[0], runs)
+        return states if alone else (states, *others)
+
+    return mapped
+
+
+def _count(arguments: tuple, axes: tuple[int | None, ...]) -> int:
+    return jax.tree.leaves([a for a, axis in zip(arguments, axes) if axis == 0])[0].shape[0]
+
+
+def _one(r: Any, arguments: tuple, axes: tuple[int | None, ...]) -> list:
+    """The arguments of run `r`."""
+    return [a if axis is None else jax.tree.map(lambda x: x[r], a) for a, axis in zip(arguments, axes)]
+
+
+def traced(function: Callable, arguments: tuple, axes: tuple[int | None, ...]) -> tuple[Callable, bool]:
+    """(`function`, traced for one run with such arguments, so that it is not traced again; whether it calls
+    the host).
+    """
+    shapes = jax.eval_shape(lambda *a: _one(0, a, axes), *arguments)
+    jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
+    flat, tree = jaxpr_as_fun(jaxpr), jax.tree.structure(out)
+    return lambda *a: jax.tree.unflatten(tree, flat(*jax.tree.leaves(a))), _calls_host(jaxpr.jaxpr)
+
+
+def _calls_host(jaxpr: Any) -> bool:
+    """Whether `jaxpr`, or one within it, has a callback to Python."""
+    for equation in jaxpr.eqns:
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = [getattr(part, "jaxpr", part) for part in parts]
+        if "callback" in equation.primitive.name or any(_calls_host(j) for j in inner if hasattr(j, "eqns")):
+            return True
+    return False
 
 
 class Compiled:
@@ -74,16 +149,28 @@ class Compiled:
         if key not in self.programs:
             began = time.perf_counter()
             axes = tuple(None if name in self.shared else 0 for name in self.names[: len(arguments)])
-            mapped = for_runs(partial(self.function, **static), axes)
-            specs = tuple(EVERYWHERE if axis is None else RUNS for axis in axes)
+            function, specs = (
+                partial(self.function, **static),
+                tuple(EVERYWHERE if a is None else RUNS for a in axes),
+            )
             if jax.config.jax_disable_jit:  # to step through with a debugger
-                self.programs[key] = mapped
-                return mapped
-            sharded = jax.shard_map(mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False)
+                self.programs[key] = at_once(function, axes)
+                return self.programs[key]
             with usual_promotion():
+                mapped = self._for_runs(function, arguments, axes)
+                sharded = jax.shard_map(
+                    mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False
+                )
                 self.programs[key] = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments).compile()
             self.compile_seconds += time.perf_counter() - began
         return self.programs[key]
+
+    def _for_runs(self, function: Callable, arguments: tuple, axes: tuple[int | None, ...]) -> Callable:
+        """`function` for all runs of a device, in the way that is fastest there."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return at_once(function, axes)
+        function, calls_host = traced(function, arguments, axes)
+        return at_once(function, axes) if calls_host else in_turn(function, axes, bool(self.donated))
 
     def __call__(self, *arguments, **static):
         arguments = [

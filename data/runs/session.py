@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -43,7 +44,7 @@ from ooo_rl.data.runs.folder import (
     write_json,
 )
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, scan_mean
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, real, scan_mean
 from ooo_rl.data.runs.settings import read_config, resolved
 from ooo_rl.data.runs.sweep import grid
 from ooo_rl.data.runs.tracking import open_tracker
@@ -113,12 +114,8 @@ class Session:
         check_eval_env(self.args, self.obs_size, self.action_size)
         obs, action, scalar = jnp.zeros(self.obs_size), jnp.zeros(self.action_size), jnp.float32(0)
         self.example = Transition(obs, action, scalar, obs, scalar)
-        self.mesh = mesh_for(len(self.labels))
-        if self.mesh.size < jax.device_count():
-            self.console.print(
-                f"{len(self.labels)} runs use {self.mesh.size} of {jax.device_count()} devices; "
-                "a number of seeds that the devices divide uses them all"
-            )
+        self.num_runs = len(self.labels)
+        self.mesh = self._layout()
         self.hyper = place(hyper, self.mesh, RUNS)
         self.offline = place(rows, self.mesh, EVERYWHERE)
         self.truncation = place(self.data and self.data.truncation, self.mesh, EVERYWHERE)
@@ -131,6 +128,22 @@ class Session:
         self.work = dict.fromkeys(("updates", "env_steps", "broken_worlds", "run", "online"), 0.0)
         self.before = dict.fromkeys(("wall", "compile", *self.work), 0.0)  # a resumption
         self.stopping: signal.Signals | None = None
+
+    def _layout(self) -> Mesh:
+        """The devices that the runs are on. Says so where some device, or some place on it, stays idle."""
+        devices = jax.devices()
+        if devices[0].platform == "cpu" and getattr(self.env, "backend", "").startswith("mjx"):
+            # LAPACK's calls on two devices would wait for one another's threads: see envs/engines/euler.py.
+            return mesh_for(self.num_runs, devices[:1])
+        mesh = mesh_for(self.num_runs)
+        idle = -self.num_runs % mesh.size
+        if idle or (mesh.size < len(devices) and devices[0].platform != "cpu"):
+            self.console.print(
+                f"{self.num_runs} runs use {mesh.size} of {len(devices)} devices"
+                + (f", on which there is room for {idle} more" if idle else "")
+                + "; a number of runs that the devices divide fills them all"
+            )
+        return mesh
 
     def static(self, nets: Any) -> Static:
         """The first argument of the method's functions, with these networks."""
@@ -179,14 +192,14 @@ class Session:
             create(self.path, self.method, self.args, self.card, command, self.run_id)
             self.folder = RunFolder(self.path, self.labels)
         self.checkpoints = Checkpoints(self.path)
-        found = self.checkpoints.restore(state) if self.args.resume else None
+        found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
         if found is None:
             if self.args.resume and self.args.init_from:
                 state = self._init_from(state, init)
             self.done = 0
             self.folder.go_back(None, {})
             return self._tracked(state)
-        state, host = found
+        state, host = place(found[0], self.mesh, RUNS), found[1]
         self.done, self.phases, self.before = host["position"], host["phases"], self.before | host["clock"]
         self.failed = {int(r): text for r, text in host["failed"].items()}
         self.largest_reward = host["largest_reward"]
@@ -201,7 +214,7 @@ class Session:
         return state
 
     def _init_from(self, state: Any, name: str) -> Any:
-        agent, said = load_agent(self.args.init_from, self.labels, getattr(state, name))
+        agent, said = load_agent(self.args.init_from, self.labels, real(getattr(state, name), self.num_runs))
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
         return state.replace(**{name: place(agent, self.mesh, RUNS)})
 
@@ -252,7 +265,8 @@ class Session:
         `actor` are the parameters of the policy to evaluate, by default those of the agent that was trained.
         If the evaluation fails, the checkpoint is saved all the same, and the error goes on.
         """
-        step, num_runs, trained = chunk.start + chunk.length, len(self.labels), getattr(state, chunk.agent)
+        step, num_runs, trained = chunk.start + chunk.length, self.num_runs, getattr(state, chunk.agent)
+        metrics = real(metrics, num_runs)
         seconds = self._run_seconds() - self.chunk_began
         self.work["run"] += seconds
         self.work["online"] += seconds * chunk.acts
@@ -263,8 +277,9 @@ class Session:
             chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
         )
         self._note_rewards(state.ring)
-        if broken := self.find_broken(chunk, jax.device_get(metrics), trained):
-            save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", state)  # the run itself goes on
+        if broken := self.find_broken(chunk, metrics, trained):
+            # The run itself goes on.
+            save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", real(state, num_runs))
             if len(self.failed) == num_runs:
                 raise UsageError(
                     f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or "
@@ -295,7 +310,8 @@ class Session:
             "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
             "agent": chunk.agent, "largest_reward": self.largest_reward,
         }  # fmt: skip
-        self.checkpoints.save(self.position, state, host)
+        even = self.num_runs % self.mesh.size == 0
+        self.checkpoints.save(self.position, state if even else real(state, self.num_runs), host)
 
     def _log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
@@ -306,9 +322,8 @@ class Session:
         """Plays the policy; logs what came out, and keeps it as the phase's result so far."""
         step, recorded = chunk.start + chunk.length, chunk.last and self.evaluate.has_map
         # Apart from the keys of training; the same starts for every phase and step.
-        tally = self.evaluate(
-            actor, jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys), record=recorded
-        )
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
+        tally = real(self.evaluate(actor, keys, record=recorded), self.num_runs)
         result = {name: _means(tally[name]) for name in MEASURES}
         returns = np.asarray(tally["return"], np.float64).mean(axis=1)
         score = normalized_score(self.args.eval_env or self.args.env, returns)
@@ -329,14 +344,14 @@ class Session:
 
     def _scaled(self, *rewards: Any) -> list[float]:
         """The largest |scaled reward| of each run, [runs]; `rewards` are numbers or arrays [runs]."""
-        scale, bias = np.asarray(self.hyper.reward_scale), np.asarray(self.hyper.reward_bias)
+        scale, bias = real((self.hyper.reward_scale, self.hyper.reward_bias), self.num_runs)
         sizes = [np.abs(scale * np.asarray(r) + bias) for r in rewards]
-        return np.max([np.zeros(len(self.labels)), *sizes], axis=0).tolist()
+        return np.max([np.zeros(self.num_runs), *sizes], axis=0).tolist()
 
     def _note_rewards(self, ring: Transition | None) -> None:
         """Takes the rewards of the online rows into account; empty slots of the ring hold 0."""
         if ring is not None:
-            extremes = [np.asarray(f(ring.reward, axis=1)) for f in (jnp.min, jnp.max)]
+            extremes = real([f(ring.reward, axis=1) for f in (jnp.min, jnp.max)], self.num_runs)
             self.largest_reward = np.maximum(self.largest_reward, self._scaled(*extremes)).tolist()
 
     def q_limit(self, r: int) -> float:
@@ -351,10 +366,9 @@ class Session:
         A run breaks where a metric [runs] or a parameter [runs, ...] is not finite, or the metric "q" is
         beyond `q_limit`.
         """
-        bad = [
-            [name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(len(self.labels))
-        ]
-        for path, ok in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(parameters))):
+        bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(self.num_runs)]
+        finite = real(_finite_leaves(parameters), self.num_runs)
+        for path, ok in jax.tree_util.tree_leaves_with_path(finite):
             for r in np.flatnonzero(~ok):
                 bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
         end = chunk.start + chunk.length
@@ -416,7 +430,8 @@ class Session:
         actors = {
             name: agent.actor.params if hasattr(agent, "actor") else agent for name, agent in policies.items()
         }
-        ring, collected = jax.device_get(state.ring), self.args.online_steps
+        actors, ring = real((actors, state.ring), self.num_runs)
+        collected = self.args.online_steps
         report.save_policies(self, export, actors)
         if self.args.export:
             report.export_experience(self, ring, collected)
@@ -429,7 +444,11 @@ class Session:
         self.console.print(
             f"wrote {self.path}/: " + ", ".join(self.folder.files()), soft_wrap=True, highlight=False
         )
-        agents = {name: part for name, part in vars(state).items() if hasattr(part, "actor")}
+        agents = {
+            name: jax.tree.map(lambda x: x[: self.num_runs], part)
+            for name, part in vars(state).items()
+            if hasattr(part, "actor")
+        }
         return Result(self.path, results, agents)
 
 

@@ -25,7 +25,7 @@ from ooo_rl.data.datasets import public
 from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
-from ooo_rl.data.modes import check_jax, check_xla_flags, use_float32
+from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
@@ -151,6 +151,7 @@ def launch(args_type: type, train: Callable[[Any], Any]) -> None:
     def main() -> None:
         check_xla_flags()
         use_float32()
+        use_all_cores()
         train(parse(args_type))
 
     guarded(main)

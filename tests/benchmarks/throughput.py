@@ -5,7 +5,8 @@ Our phases are `iql.pretrain_chunk` and `iql.finetune_chunk`, compiled and calle
 seeds in one program. The usual way trains its seeds one after another, so its rate does not depend on their
 number and is measured with one. Both do the same work: offline 17 observations, 6 actions and 100,000
 random rows; online the point mass with 8 environments and no offline rows; networks, batch size and updates
-per step alike. Compilation is not part of any rate. Repeats of the two alternate, so that a machine that
+per step alike. On a CPU a third contestant takes all seeds at once on one device: our program without what
+`data/runs/program.py` does for CPUs. Compilation is not part of any rate. Repeats of all alternate, so that a machine that
 others use too treats them alike; the table shows the best, the JSON file all.
 
     python tests/benchmarks/throughput.py --json out.json
@@ -36,12 +37,16 @@ from rich.table import Table
 from ooo_rl import envs
 from ooo_rl.algos import iql
 from ooo_rl.data.buffer import Transition
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place
+from ooo_rl.data.modes import use_all_cores
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, at_once, mesh_for, place
 from ooo_rl.data.runs.session import Static
 from ooo_rl.data.runs.sweep import grid
 
 OBS, ACTION, ROWS, NUM_ENVS, RING = 17, 6, 100_000, 8, 100_000
 PHASES = {"offline": None, "online, utd 1/8": 0.125, "online, utd 1": 1.0}  # updates per environment step
+
+if __name__ == "__main__":
+    use_all_cores()  # as the scripts do, before JAX is asked for its devices
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,28 @@ class Args:
     """write settings, machine and all measurements to this file"""
 
 
+class AtOnce(Compiled):
+    """All runs of a device at once, on a CPU too."""
+
+    def _for_runs(self, function, arguments, axes):
+        return at_once(function, axes)
+
+
 class Ours:
     """One phase of IQL for `num_seeds` seeds, compiled; `measure` goes on training and returns seed-updates
-    per second.
+    per second. With `plain`, all seeds are taken at once, on one device.
     """
 
     def __init__(
-        self, hidden: int, num_seeds: int, utd_ratio: float | None, updates: int, offline: Transition
+        self,
+        hidden: int,
+        num_seeds: int,
+        utd_ratio: float | None,
+        updates: int,
+        offline: Transition,
+        plain: bool = False,
     ):
+        compiled = AtOnce if plain else Compiled
         shared = {"hidden": (hidden, hidden), "num_seeds": num_seeds}
         if utd_ratio is None:
             args, per_step = iql.Args(env="none", dataset="rows.npz", online_steps=0, **shared), 1
@@ -84,14 +103,14 @@ class Ours:
         obs, action, scalar = jnp.zeros(obs_size), jnp.zeros(action_size), jnp.float32(0)
         nets = iql.make_nets(SimpleNamespace(args=args, env=env, action_size=action_size))
         static = Static(args, env, Transition(obs, action, scalar, obs, scalar), nets)
-        self.mesh = mesh_for(num_seeds)
+        self.mesh = mesh_for(num_seeds, jax.devices()[:1] if plain else None)
         hyper, labels = grid(args)
         keys = place(jnp.stack([jax.random.PRNGKey(label.seed) for label in labels]), self.mesh, RUNS)
-        self.state = Compiled(partial(iql.init_state, static), self.mesh)(keys)
+        self.state = compiled(partial(iql.init_state, static), self.mesh)(keys)
         self.hyper, self.online = place(hyper, self.mesh, RUNS), utd_ratio is not None
         self.offline = None if self.online else place(offline, self.mesh, EVERYWHERE)
         chunk = iql.finetune_chunk if self.online else iql.pretrain_chunk
-        self.program = Compiled(partial(chunk, static), self.mesh)
+        self.program = compiled(partial(chunk, static), self.mesh)
         self.length = max(updates // num_seeds, 16) // per_step
         self.updates_per_call, self.collected = num_seeds * self.length * per_step, 0
         self.call()  # compiles
@@ -143,14 +162,19 @@ def compare(args: Args, hidden: int, phase: str, offline: Transition, ceiling: f
     utd_ratio = PHASES[phase]
     ours = {n: Ours(hidden, n, utd_ratio, args.updates, offline) for n in args.seeds}
     memory = {n: program.memory() for n, program in ours.items()}
+    plain, on_cpu = {}, jax.default_backend() == "cpu"
+    if on_cpu:
+        plain = {n: Ours(hidden, n, utd_ratio, args.updates, offline, plain=True) for n in args.seeds}
     flops = usual_way.iql_flops(hidden, *((OBS, ACTION) if utd_ratio is None else (2, 2)))
     updates = round(
         args.seconds * min(1000, 0.2 * ceiling / flops)
     )  # of the usual way: about what it does in args.seconds
-    rates, theirs = {n: [] for n in args.seeds}, []
+    rates, plain_rates, theirs = {n: [] for n in args.seeds}, {n: [] for n in args.seeds}, []
     for _ in range(args.repeats):
         for n, program in ours.items():
             rates[n].append(program.measure(args.seconds))
+            if on_cpu:
+                plain_rates[n].append(plain[n].measure(args.seconds))
         theirs.append(usual(hidden, utd_ratio, updates))
     usual_rates = [run["seed_updates_per_second"] for run in theirs]
     rows = []
@@ -177,6 +201,9 @@ def compare(args: Args, hidden: int, phase: str, offline: Transition, ceiling: f
             "ratio": best / usual_best,
             "ratio_of_medians": statistics.median(rates[n]) / statistics.median(usual_rates),
         }
+        if on_cpu:
+            row |= {"at_once_seed_updates_per_second": {"best": max(plain_rates[n]), "all": plain_rates[n]}}
+            row |= {"ratio_to_at_once": best / max(plain_rates[n])}
         if utd_ratio is not None:
             row |= {
                 "env_steps_per_second": best / utd_ratio,
@@ -214,6 +241,8 @@ def show(console: Console, rows: list[dict]) -> None:
         "hidden",
         "seeds",
         "updates/s",
+        "at once",
+        "ratio",
         "usual",
         "ratio",
         "env steps/s",
@@ -231,7 +260,17 @@ def show(console: Console, rows: list[dict]) -> None:
         steps = [*steps, f"{row['ratio']:.2f}"] if steps else ["", "", ""]
         ours, theirs = row["seed_updates_per_second"]["best"], row["usual_seed_updates_per_second"]["best"]
         memory = max(row["memory_bytes"]["program"], row["memory_bytes"]["device_peak"]) / 1e6
-        cells = [row["hidden"], row["seeds"], f"{ours:,.0f}", f"{theirs:,.0f}", f"{row['ratio']:.2f}", *steps]
+        plain = row.get("at_once_seed_updates_per_second")
+        plain = [f"{plain['best']:,.0f}", f"{row['ratio_to_at_once']:.2f}"] if plain else ["", ""]
+        cells = [
+            row["hidden"],
+            row["seeds"],
+            f"{ours:,.0f}",
+            *plain,
+            f"{theirs:,.0f}",
+            f"{row['ratio']:.2f}",
+            *steps,
+        ]
         cells += [f"{row['compile_seconds']:.1f}", f"{memory:,.1f}", f"{row['share_of_ceiling']:.1%}"]
         table.add_row(
             *map(str, cells), end_section=i + 1 == len(rows) or rows[i + 1]["hidden"] != row["hidden"]
