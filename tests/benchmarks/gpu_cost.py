@@ -36,6 +36,7 @@ from gpu_programs import Card, Program
 from gpu_thunks import COSTS, MEASURES
 from methods import METHODS
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from throughput import machine
 
@@ -151,12 +152,12 @@ def show(console: Console, rows: list[dict], card: str) -> None:
         table.add_column(name, justify="left" if name == "program" else "right")
     for found in rows:
         if "error" in found:
-            table.add_row(found["program"], str(found["width"]), "[bold red]not compiled[/]")
+            table.add_row(escape(found["program"]), str(found["width"]), "[bold red]not compiled[/]")
             continue
         counts = [f"{found[name]:,}" for name in counted]
         times, peak = f"{found['low_us']:,.0f} - {found['high_us']:,.0f}", f"{found['peak_bytes'] / 1e6:,.1f}"
         more = (f"{found['copied_bytes'] / 1e3:,.1f}", times, peak, f"{found['compile_seconds']:.0f}")
-        table.add_row(found["program"], str(found["width"]), *counts, *more)
+        table.add_row(escape(found["program"]), str(found["width"]), *counts, *more)
     console.print(table)
     console.print(
         "width: seeds of a method, worlds of a body. outside: launches that no CUDA graph holds. waits: the host "

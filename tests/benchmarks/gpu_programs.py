@@ -35,11 +35,12 @@ from ooo_rl import envs
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import evaluation, session
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, for_runs
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, at_once
 from ooo_rl.envs.physics_task import PhysicsTask
 
 CARDS = pathlib.Path(__file__).parent / "gpus"
 ROWS = 100_000  # of the dataset that a run is told it has
+USUAL = {"learns": True, "record": False}  # static settings that a program is not named after
 STEPS = 100  # environment steps in one program
 
 
@@ -112,7 +113,7 @@ class Noted(Compiled):
         _, known = self.noted.get(kind, (None, {}))
         if static.get("length", 0) >= known.get("length", 0):  # the longest chunk stands for all
             self.noted[kind] = given, static
-        return jax.eval_shape(for_runs(partial(self.function, **static), axes), *given)
+        return jax.eval_shape(at_once(partial(self.function, **static), axes), *given)
 
 
 class Shapes(Rehearsal):
@@ -157,7 +158,7 @@ def of_method(name: str, card: Card, num_seeds: int, **settings) -> list[Program
         evaluation: {"Compiled": note},
         session: {
             "Compiled": note,
-            "mesh_for": lambda _: card.mesh,
+            "mesh_for": lambda *_: card.mesh,
             "place": lambda tree, *_: tree,  # it stays on the host until a call takes its shape
             "load_dataset": lambda args: None if args.dataset == "none" else zero_rows(args),
         },
@@ -171,7 +172,7 @@ def of_method(name: str, card: Card, num_seeds: int, **settings) -> list[Program
     found = []
     for program in made:
         for kind, (arguments, static) in program.noted.items():
-            marks = "".join(f"[{key}={value}]" for key, value in kind if value)
+            marks = "".join(f"[{key}={value}]" for key, value in kind if USUAL.get(key) != value)
             length = static.get("length", 0)
             found.append(
                 Program(f"{name}/{program.name}{marks}", num_seeds, program, arguments, static, length)

@@ -6,8 +6,8 @@ seeds in one program. The usual way trains its seeds one after another, so its r
 number and is measured with one. Both do the same work: offline 17 observations, 6 actions and 100,000
 random rows; online the point mass with 8 environments and no offline rows; networks, batch size and updates
 per step alike. On a CPU a third contestant takes all seeds at once on one device: our program without what
-`data/runs/program.py` does for CPUs. Compilation is not part of any rate. Repeats of all alternate, so that a machine that
-others use too treats them alike; the table shows the best, the JSON file all.
+`data/runs/program.py` does for CPUs. Compilation is not part of any rate. Repeats of all alternate, so that
+a machine that others use too treats them alike; the table shows the best, the JSON file all.
 
     python tests/benchmarks/throughput.py --json out.json
     python tests/benchmarks/throughput.py --hidden 256 --seeds 16
