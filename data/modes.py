@@ -27,14 +27,12 @@ def use_float32() -> None:
 
 
 def use_all_cores() -> None:
-    """Makes each core of a CPU one of JAX's devices, unless the user has said how many there are to be.
-
-    Only before JAX has been used.
-    """
+    """Makes each core of a CPU one of JAX's devices, unless the user has said how many there are to be."""
     told = "JAX_NUM_CPU_DEVICES" in os.environ or DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
     if not told:
         ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        jax.config.update("jax_num_cpu_devices", len(ours))
+        with contextlib.suppress(RuntimeError):  # JAX has been used: its devices stay as they are
+            jax.config.update("jax_num_cpu_devices", len(ours))
 
 
 def check_jax() -> None:

@@ -168,7 +168,7 @@ def test_a_failing_evaluation_loses_nothing(tmp_path, monkeypatch, capsys):
     metrics = {"q": np.zeros(1), "broken_worlds": np.zeros(1), "nonfinite_at": np.full(1, -1)}
     with pytest.raises(ZeroDivisionError):
         session.after(chunk, metrics, state)
-    assert session.checkpoints.restore(state)[1]["position"] == 1
+    assert session.checkpoints.restore(state, 1)[1]["position"] == 1
     assert f"--resume {session.path}" in capsys.readouterr().err
 
 
