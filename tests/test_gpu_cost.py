@@ -54,12 +54,16 @@ def gpu():
         yield SimpleNamespace(**{name: importlib.import_module(f"gpu_{name}") for name in names})
 
 
+def speed(gpu):
+    """A card that moves a gigabyte, and computes a thousand operations, in a second."""
+    return gpu.thunks.Speed(1e9, 1e3)
+
+
 def read(gpu, path):
     """The thunks of a recorded program and what counts them, with 4 and 15 iterations of the two loops."""
     sequence, metadata, hlo = path.read_text().split("-----\n")
-    return gpu.thunks.parse(sequence, metadata), gpu.thunks.Counting(
-        gpu.thunks.instructions(hlo), (4, 15), 3.35e12
-    )
+    counting = gpu.thunks.Counting(gpu.thunks.instructions(hlo), (4, 15), speed(gpu))
+    return gpu.thunks.parse(sequence, metadata), counting
 
 
 def check_known_counts(gpu, thunks, counting):
@@ -67,6 +71,8 @@ def check_known_counts(gpu, thunks, counting):
     calls = {name for name, instruction in counting.hlo.items() if "cublas" in instruction.target}
     products = [thunk for thunk in gpu.thunks.walk(thunks) if thunk.name in calls]
     assert len(products) == PRODUCTS + 2 + 1 + 1  # one in each loop that ends by its data
+    found = {(counting.hlo[name].flops, counting.hlo[name].moved) for name in calls}
+    assert found == {(2 * 64**3, 3 * 4 * 64**2)}
     for thunk in gpu.thunks.walk(thunks):
         if not thunk.parts and thunk not in products:
             thunk.kind = "kWaitForStreams"  # which starts nothing
@@ -79,7 +85,9 @@ def check_known_counts(gpu, thunks, counting):
     assert len(branches) == 1
     assert total["waits"] == 1 + 5 + 4 * 16
     assert counting.count(main.parts["body"])["waits"] == 0
-    assert 1e-6 * 10 * total["waits"] < total["low"] < total["high"]
+    # The products take all the time: with TF32 an eighth of that without.
+    assert total["low"] == pytest.approx(total["launches"] * 2 * 64**3 / 8e3, rel=1e-3)
+    assert total["high"] == pytest.approx(total["launches"] * 2 * 64**3 / 1e3, rel=1e-3)
 
 
 def test_counts_of_the_recorded_program(gpu):
@@ -130,9 +138,13 @@ METADATA = "".join(
 @pytest.mark.parametrize(("config", "launches"), [('{"known_trip_count":{"n":"7"}}', 15), ("{}", 9)])
 def test_a_loop_inside_a_graph_needs_no_host_and_a_callback_does(gpu, config, launches):
     hlo = gpu.thunks.instructions(HLO.replace("{KNOWN}", config))
-    total = gpu.thunks.Counting(hlo, (4,), 1e12).count(gpu.thunks.parse(NESTED, METADATA))
+    total = gpu.thunks.Counting(hlo, (4,), speed(gpu)).count(gpu.thunks.parse(NESTED, METADATA))
     assert (total["graphs"], total["waits"], total["outside"]) == (1, 1, 3)
-    assert (total["launches"], total["copies"], total["copied_bytes"]) == (launches + 3, 1, 8 * 8 * 4 + 100)
+    copied = 8 * 8 * 4 + 100
+    assert (total["launches"], total["copies"], total["copied_bytes"]) == (launches + 3, 1, copied)
+    copy = 2 * copied / 1e9  # read and written; the rest takes the least times
+    assert total["low"] == pytest.approx(copy + 1e-6 * (launches * 1.4 + 2 * 2 + 1 * 5 + 1 * 10), abs=2e-6)
+    assert total["high"] == pytest.approx(1e-6 * (launches * 2.9 + 3 * 5 + 1 * 10 + 1 * 25))
 
 
 MISREAD = [  # a change to the text; what the error says
@@ -152,7 +164,7 @@ def test_what_is_not_understood_is_an_error(gpu, change, said):
 
 def test_a_loop_that_the_program_does_not_have_is_an_error(gpu):
     with pytest.raises(ValueError, match="the loop 'loop' is not in the program"):
-        gpu.thunks.Counting({}, (4,), 1e12).count(gpu.thunks.parse(NESTED, METADATA))
+        gpu.thunks.Counting({}, (4,), speed(gpu)).count(gpu.thunks.parse(NESTED, METADATA))
 
 
 # --- the programs of a run ---
@@ -256,10 +268,11 @@ def test_the_command_fails_only_if_it_is_to_check(gpu, tmp_path, monkeypatch, ca
     assert (row["launches"], row["waits"], row["graphs"], row["whole_launches"]) == (93, 1, 0, 700)
 
 
+SMALL = 'name: "x"\nmemory_bandwidth: 1\ncore_count: 1\nfpus_per_core: 1\nclock_rate_ghz: 1.5'
 UNUSABLE = [  # a card's file; what the error says
     (None, "neither one of a100, h100, h200, nor a file"),
     ("gpu_device_info {}", "it has no line name"),
-    ('name: "x"\nmemory_bandwidth: 0', "pip install --no-deps --target cuda_compiler jax-cuda12-plugin=="),
+    (SMALL, "pip install --no-deps --target cuda_compiler jax-cuda12-plugin=="),
 ]
 
 
@@ -290,11 +303,17 @@ def record(path: str) -> None:
     with gpu_programs.dumping(card.options | {"xla_gpu_graph_min_graph_size": 4}) as folder:
         compiled = Compiled(program, card.mesh, shared=("limit",)).program(state, limit, length=STEPS)
         sequence, metadata = gpu_programs.texts(folder)
-    named = set(names_of(metadata).values())
     lines = [line.strip() for line in compiled.as_text().splitlines() if " = " in line]
-    lines = [line for line in lines if re.match(r"(ROOT )?%?([^ ]*)", line)[2] in named]
-    unread = r', metadata=\{[^}]*\}|"gemm_backend_config".*(?="reification_cost")|,"compute_time_us".*'
-    hlo = [re.sub(unread, "", line) for line in lines]
+    lines = {re.match(r"(ROOT )?%?([^ ]*)", line)[2]: line for line in lines}
+    named = set(names_of(metadata).values()) & set(lines)
+    factors = {
+        name
+        for line in map(lines.get, named)
+        for name in re.findall(r"%([\w.-]+)[,)]", line)
+        if "cublas" in line
+    }
+    unread = r', metadata=\{[^}]*\}|,"alpha_imag".*|,"compute_time_us".*'
+    hlo = [re.sub(unread, "", line) for name, line in lines.items() if name in named | factors]
     pathlib.Path(path).write_text("-----\n".join([sequence, metadata, "\n".join(hlo) + "\n"]))
 
 

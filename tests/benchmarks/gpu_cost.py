@@ -3,9 +3,8 @@
 XLA compiles for a described card (tests/benchmarks/gpus) and writes down what it would have the card do. We
 count this for each program of each method, and for a step of each body on MJX: launches, those outside CUDA
 graphs, launches of graphs, times that the host waits, copies and memory. The counts are exact, but for loops
-whose iterations depend on data; there --loops is assumed. The times are estimates that no GPU has confirmed:
-each launch takes the time that XLA's model gives it, but no less than an assumed one. docs/speed.md has the
-assumptions, the results, and how to install XLA's compiler for CUDA.
+whose iterations depend on data; there --loops is assumed. The times are estimates that no GPU has confirmed.
+docs/speed.md has the assumptions, the results, and how to install XLA's compiler for CUDA.
 
     python tests/benchmarks/gpu_cost.py --json out.json
     python tests/benchmarks/gpu_cost.py --methods iql --bodies --programs finetune_chunk --check
@@ -175,7 +174,11 @@ def main() -> None:
     rules, card, faults = read_bounds(BOUNDS) if args.check else [], Card(args.card), []
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     assumed = {"costs_us": {name: dataclasses.asdict(costs) for name, costs in COSTS.items()}}
-    assumed |= {"loops": args.loops, "options": card.options, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    assumed |= {
+        "loops": args.loops,
+        "options": card.options,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
     result = {"command": command, "card": card.name, "settings": dataclasses.asdict(args), "assumed": assumed}
     result |= {"machine": machine(), "rows": []}
     for program in programs(args, card):

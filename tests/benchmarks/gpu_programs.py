@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
-from gpu_thunks import Counting, instructions, parse
+from gpu_thunks import Counting, Speed, instructions, parse
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from methods import Rehearsal
@@ -43,7 +43,6 @@ ROWS = 100_000  # of the dataset that a run is told it has
 USUAL = {"learns": True, "record": False}  # static settings that a program is not named after
 STEPS = 100  # environment steps in one program
 
-
 INSTALL = (  # without what the programs need to run, such as cuBLAS; ptxas comes with nvcc
     f"pip install --no-deps --target cuda_compiler jax-cuda12-plugin=={jax.__version__} "
     f"jax-cuda12-pjrt=={jax.__version__} nvidia-cuda-nvcc-cu12, then set PYTHONPATH=cuda_compiler"
@@ -53,7 +52,7 @@ INSTALL = (  # without what the programs need to run, such as cuBLAS; ptxas come
 class Card:
     """A described GPU, by the name of its file in gpus/, or by the path of another such file.
 
-    mesh: of one such device. bandwidth: of its memory, in bytes per second. options: for XLA's compiler.
+    mesh: of one such device. options: for XLA's compiler.
     Raises UsageError if the file is no description, or if XLA's compiler for CUDA is not there.
     """
 
@@ -64,10 +63,14 @@ class Card:
             raise UsageError(f"--card {name}: neither one of {known}, nor a file")
         text = path.read_text()
         self.name = _entry(path, text, 'name: "([^"]*)"')
-        self.bandwidth = float(_entry(path, text, r"memory_bandwidth: (\d+)"))
+        bandwidth, cores, units, clock = (
+            float(_entry(path, text, rf"{key}: ([\d.]+)"))
+            for key in ("memory_bandwidth", "core_count", "fpus_per_core", "clock_rate_ghz")
+        )
+        self.speed = Speed(bandwidth, 2e9 * cores * units * clock)  # a multiplication and an addition a cycle
         # Without a GPU, XLA cannot time Triton's products against cuBLAS's, and would take Triton's untimed.
         self.options = {"xla_gpu_enable_triton_gemm": False}
-        if re.search(r"\bmajor: 9\b", text):  # XLA has a table of the times of products, of these cards alone
+        if re.search(r"\bmajor: 9\b", text):  # else XLA misses a table, which our estimate does without
             self.options["xla_gpu_collect_cost_model_stats"] = True
         try:
             topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
@@ -124,9 +127,8 @@ class Shapes(Rehearsal):
         return super().begin(state, act)
 
     def after(self, chunk, metrics, state, actor=None):
-        self.evaluate.rollout(
-            getattr(state, chunk.agent).actor.params if actor is None else actor, self.keys, record=False
-        )
+        actor = getattr(state, chunk.agent).actor.params if actor is None else actor
+        self.evaluate.rollout(actor, self.keys, record=False)
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,8 @@ def of_body(name: str, card: Card, worlds: int) -> Program:
 
     keys = jax.eval_shape(jax.random.PRNGKey, 0)
     start = jax.eval_shape(lambda key: (jax.vmap(env.reset)(jax.random.split(key, worlds)), key), keys)
-    state = shapes(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), start), card.mesh, RUNS
-    )
+    alone = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), start)
+    state = shapes(alone, card.mesh, RUNS)
     return Program(f"{name}/step", worlds, Compiled(step, card.mesh), [state], {"length": STEPS}, STEPS)
 
 
@@ -267,10 +268,8 @@ def texts(folder: pathlib.Path) -> tuple[str, str]:
             raise ValueError(f"XLA wrote {len(paths)} files {pattern}, not one; is a compilation cache on?")
         return paths[0].read_text()
 
-    after = any(
-        folder.glob("*thunk_sequence_after_thunk_passes.txt")
-    )  # not there where no pass changed a thing
-    sequence = text("*thunk_sequence_after_thunk_passes.txt" if after else "*thunk_sequence.txt")
+    after = "*thunk_sequence_after_thunk_passes.txt"  # not there where no pass changed a thing
+    sequence = text(after if any(folder.glob(after)) else "*thunk_sequence.txt")
     return sequence, text("*thunk_metadata.txt")
 
 
@@ -280,7 +279,7 @@ def cost(program: Program, card: Card, loops: tuple[int, ...]) -> Cost:
     with dumping(card.options) as folder:
         compiled = program.compiled.program(*program.arguments, **program.static)
         seconds, thunks = time.perf_counter() - began, parse(*texts(folder))
-    counting = Counting(instructions(compiled.as_text()), loops, card.bandwidth)
+    counting = Counting(instructions(compiled.as_text()), loops, card.speed)
     whole = counting.count(thunks)
     main, steps = counting.main_loop(thunks) or (None, 1)
     step = whole if main is None else counting.count(main.parts["body"])

@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MEASURES = ("launches", "outside", "graphs", "waits", "copies", "copied_bytes")
-HOST_KINDS = (
+HOST_KINDS = [
     "kInfeed",
     "kOutfeed",
     "kHostSend",
-    "kHostRecv",
     "kHostSendDone",
+    "kHostRecv",
     "kHostRecvDone",
     "kHostExecuteStart",
-)
+]
 CONTROL = ("kSequential", "kWaitForStreams")  # they start nothing of their own
 THUNK = re.compile(r"(\d+): (k\w+)\s+\[([^\]]*)\](.*)")
 LABEL = re.compile(r"(condition|body|\w*branch\w*):$")
@@ -51,13 +51,16 @@ class Instruction:
     """What the optimised HLO says about an instruction.
 
     trips: iterations of a loop, None where they are unknown. size: bytes of its result. seconds: XLA's own
-    estimate of its time, 0 where it has none. target: of a custom call.
+    estimate of its time, 0 where there is none. target: of a custom call. flops, moved: operations of a
+    product, and bytes of both its factors and its result; 0 for all else.
     """
 
     trips: int | None = None
     size: int = 0
     seconds: float = 0.0
     target: str = ""
+    flops: int = 0
+    moved: int = 0
 
 
 def parse(sequence: str, metadata: str) -> list[Thunk]:
@@ -114,11 +117,8 @@ def names_of(metadata: str) -> dict[int, str]:
     """Thunk id -> HLO instruction. Graphs have no id, and share the number 0 in the list."""
     found = {}
     for block in metadata.split("thunk_info {")[1:]:
-        number, name = (
-            re.search(r"thunk_id: (\d+)", block),
-            re.search(r'profile_annotation: "([^"]*)"', block),
-        )
-        if number:
+        name = re.search(r'profile_annotation: "([^"]*)"', block)
+        if number := re.search(r"thunk_id: (\d+)", block):
             found[int(number[1])] = name[1] if name else ""
     return found
 
@@ -151,38 +151,46 @@ def walk(thunks: list[Thunk]) -> Iterator[Thunk]:
 
 def instructions(hlo: str) -> dict[str, Instruction]:
     """Instruction's name -> what is known of it, from the optimised HLO text of a program."""
+    matches = [INSTRUCTION.match(line.strip()) for line in hlo.splitlines()]
+    lines = {match[1]: match[2] for match in matches if match}
+    arrays = {name: _arrays(line) for name, line in lines.items()}
     found = {}
-    for line in hlo.splitlines():
-        if match := INSTRUCTION.match(line.strip()):
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            micros = re.search(r'"exec_time_us":([\d.eE+\-]+)', line)
-            target = re.search(r'custom_call_target="([^"]*)"', line)
-            found[match[1]] = Instruction(
-                int(trips[1]) if trips else None,
-                size_of(_type(match[2])),
-                float(micros[1]) * 1e-6 if micros else 0.0,
-                target[1] if target else "",
-            )
+    for name, line in lines.items():
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        micros = re.search(r'"exec_time_us":([\d.eE+\-]+)', line)
+        target = re.search(r'custom_call_target="([^"]*)"', line)
+        found[name] = Instruction(
+            int(trips[1]) if trips else None,
+            sum(size for size, _ in arrays[name]),
+            float(micros[1]) * 1e-6 if micros else 0.0,
+            target[1] if target else "",
+            *(_product(line, arrays, arrays[name][0]) if target and "cublas" in target[1] else ()),
+        )
     return found
 
 
-def _type(text: str) -> str:
-    """The type with which the right side of an HLO instruction begins; that of a tuple stands in brackets."""
-    depth = 0
-    for i, letter in enumerate(text):
+def _product(line: str, arrays: dict[str, list], result: tuple[int, list[int]]) -> tuple[int, int]:
+    """`flops` and `moved` of a call of cuBLAS."""
+    left, right = re.search(r"\(%?([\w.\-]+), %?([\w.\-]+)", line[line.index(" custom-call(") :]).groups()
+    sums = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line)[1]
+    (left_size, left_shape), (right_size, _) = arrays[left][0], arrays[right][0]
+    terms = math.prod(left_shape[int(axis)] for axis in re.findall(r"\d+", sums))
+    return 2 * terms * math.prod(result[1]), left_size + right_size + result[0]
+
+
+def _arrays(line: str) -> list[tuple[int, list[int]]]:
+    """(bytes, shape) of each array in the type with which the right side of an HLO instruction begins."""
+    depth, end = 0, len(line)
+    for i, letter in enumerate(line):  # the type of a tuple has brackets, and spaces inside them
         depth += (letter == "(") - (letter == ")")
         if letter == " " and not depth:
-            return text[:i]
-    return text
-
-
-def size_of(shapes: str) -> int:
-    """Bytes of all arrays named in an HLO type, such as "(f32[64,2]{1,0}, pred[])"."""
-    total = 0
-    for name, bits, dims in SHAPE.findall(shapes):
-        count = math.prod(int(n) for n in dims.split(",") if n)
-        total += count if name == "pred" else math.ceil(count * int(bits) / 8)
-    return total
+            end = i
+            break
+    found = []
+    for name, bits, dims in SHAPE.findall(line[:end]):
+        shape = [int(n) for n in dims.split(",") if n]
+        found.append((math.ceil(math.prod(shape) * (8 if name == "pred" else int(bits)) / 8), shape))
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,15 +199,28 @@ class Costs:
 
     node: least time of a launch inside a CUDA graph, from one start to the next. launch: the same outside
     graphs. graph: what the launch of a graph adds. wait: what a host that waits for the GPU adds.
+
+    tensor: how many times as fast as the card's FP32 units products are. Tensor cores have eight times their
+    rate in TF32, which is JAX's default. cached: whether the factors of products are in the cache.
     """
 
     node: float
     launch: float
     graph: float
     wait: float
+    tensor: float
+    cached: bool
 
 
-COSTS = {"low": Costs(1.4, 2.0, 5.0, 10.0), "high": Costs(2.9, 5.0, 10.0, 25.0)}
+COSTS = {"low": Costs(1.4, 2.0, 5.0, 10.0, 8.0, True), "high": Costs(2.9, 5.0, 10.0, 25.0, 1.0, False)}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a card: bandwidth of its memory in bytes per second, and FP32 operations per second."""
+
+    bandwidth: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -207,13 +228,12 @@ class Counting:
     """Counts what thunks do.
 
     hlo: what `instructions` found. loops: the iterations that are assumed where XLA knows no number, in the
-    outer such loop, in one inside it, and so on; the last one holds further inward. bandwidth: of the GPU's
-    memory, in bytes per second.
+    outer such loop, in one inside it, and so on; the last one holds further inward.
     """
 
     hlo: dict[str, Instruction]
     loops: tuple[int, ...]
-    bandwidth: float
+    speed: Speed
 
     def count(self, thunks: list[Thunk], graph: bool = False, depth: int = 0) -> Counter:
         """What one execution of `thunks` does: the MEASURES, and seconds between "low" and "high".
@@ -249,13 +269,15 @@ class Counting:
         return total + (Counter() if graph or known else _timed("wait", trips + 1))
 
     def _launch(self, thunk: Thunk, graph: bool) -> Counter:
-        info = self.hlo.get(thunk.name, Instruction())
-        total, seconds = Counter(launches=1, outside=int(not graph)), info.seconds
-        if thunk.kind == "kCopy":  # each byte is read and written; XLA estimates kernels alone
-            total += Counter(copies=1, copied_bytes=info.size)
-            seconds = max(seconds, 2 * info.size / self.bandwidth)
+        info, copies = self.hlo.get(thunk.name, Instruction()), thunk.kind == "kCopy"
+        total = Counter(launches=1, outside=int(not graph))
+        total += Counter(copies=1, copied_bytes=info.size) if copies else Counter()
         for bound, costs in COSTS.items():
-            total[bound] = max(seconds, 1e-6 * (costs.node if graph else costs.launch))
+            least = costs.node if graph else costs.launch
+            moved = 2 * info.size if copies else 0 if costs.cached else info.moved  # a copy reads and writes
+            needed = max(info.flops / (costs.tensor * self.speed.flops), moved / self.speed.bandwidth)
+            own = 0.0 if info.flops else info.seconds  # XLA's table has no product as small as ours
+            total[bound] = max(1e-6 * least, own, needed)
         waits = thunk.kind in HOST_KINDS or "callback" in info.target
         return total + (_timed("wait") if waits else Counter())
 
