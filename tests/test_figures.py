@@ -275,8 +275,8 @@ def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, d
     """`report` reads phase and step out of the words of `Session.find_broken`."""
     labels = [RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]
     session = SimpleNamespace(
-        folder=None, path=tmp_path, method="iql", task="it", labels=labels, num_runs=4, args=SimpleNamespace(max_q=10.0),
-        failed={}, phases={}, plan=[], env=None, data=None, largest_reward=[1.0] * 4,
+        folder=None, path=tmp_path, method="iql", task="it", labels=labels, num_runs=4,
+        args=SimpleNamespace(max_q=10.0), failed={}, phases={}, plan=[], env=None, data=None, largest_reward=[1.0] * 4,
         hyper=SimpleNamespace(discount=np.full(4, 0.9)),
     )  # fmt: skip
     session.q_limit = lambda r: Session.q_limit(session, r)
