@@ -27,6 +27,7 @@ import numpy as np
 from flax import struct
 from mujoco.batch import Batch, SimulationError
 
+from ooo_rl.envs.engines import mjx_warp
 from ooo_rl.envs.engines.contacts import exact_contacts
 
 ENGINES = ("auto", "mjx", "mjx-warp", "mujoco")
@@ -175,8 +176,12 @@ class MjxEngine:
         self.root = None if root is None else model.body(root).id
         # `ensure_compile_time_eval`, because an environment may be made while a function is traced.
         with jax.ensure_compile_time_eval(), exact_contacts():
-            self.device_model = mjx.put_model(model, impl=impl)
-            self.blank = mjx.make_data(model, impl=impl)
+            if impl == "warp":
+                self.device_model = mjx_warp.put_model(model, () if scene is None else scene.varied)
+                self.run = mjx_warp.Worlds(model, self.device_model)
+            else:
+                self.device_model, blank = mjx.put_model(model, impl=impl), mjx.make_data(model, impl=impl)
+                self.run = lambda one, *inputs: one(blank, *inputs)[0]
         self.substep = mjx.step
         if impl == "jax" and model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER:
             from ooo_rl.envs.engines import euler, noslip
@@ -199,24 +204,34 @@ class MjxEngine:
             scene=jnp.asarray(self.scene.nominal(self.model) if scene is None else scene, qpos.dtype)
         )
         if watched is None:
-            with jax.default_matmul_precision("highest"), exact_contacts():
-                data = self.mjx.forward(self._world(body.scene), self.blank.replace(qpos=qpos, qvel=qvel))
-            watched = self._watched(data)
+            watched = self.run(self._look, qpos, qvel, body.scene)
         return body.replace(watched=jnp.asarray(watched, qpos.dtype))
 
     def step(self, body: Body, ctrl: jax.Array) -> Body:
-        data = self.blank.replace(
-            qpos=body.qpos, qvel=body.qvel, qacc_warmstart=body.inner, ctrl=ctrl.astype(body.qpos.dtype)
+        ctrl = ctrl.astype(body.qpos.dtype)
+        qpos, qvel, warmstart, place, watched = self.run(
+            self._steps, body.qpos, body.qvel, body.inner, ctrl, body.scene
         )
-        world = self._world(body.scene)
+        return Body(qpos, qvel, place, place - body.place, warmstart, body.scene, watched)
+
+    def _steps(self, data, qpos, qvel, warmstart, ctrl, scene):
+        """`frame_skip` steps of one world: ((qpos, qvel, warm start, place, watched), MJX's data)."""
+        data = data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=ctrl)
+        world = self._world(scene)
         # TF32 products corrupt contacts. So the physics, and nothing else, is computed at full precision.
         with jax.default_matmul_precision("highest"), exact_contacts():
             data, _ = jax.lax.scan(
                 lambda d, _: (cast_like(self.substep(world, d), d), None), data, None, self.frame_skip
             )
         place = data.qpos[:1] if self.root is None else data.xpos[self.root, :2]
-        after = Body(data.qpos, data.qvel, place, place - body.place, data.qacc_warmstart)
-        return after if self.scene is None else after.replace(scene=body.scene, watched=self._watched(data))
+        watched = None if scene is None else self._watched(data)
+        return (data.qpos, data.qvel, data.qacc_warmstart, place, watched), data
+
+    def _look(self, data, qpos, qvel, scene):
+        """(The watched values of one world before any step, MJX's data)."""
+        with jax.default_matmul_precision("highest"), exact_contacts():
+            data = self.mjx.forward(self._world(scene), data.replace(qpos=qpos, qvel=qvel))
+        return self._watched(data), data
 
     def _world(self, scene: jax.Array | None):
         """The model, with the values `scene` [m] of one world in its varied places."""
