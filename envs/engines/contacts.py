@@ -19,9 +19,6 @@ over pairs. Matrix products are written as sums, because an accelerator may roun
 digits than contacts need.
 """
 
-import contextlib
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +28,7 @@ from mujoco.mjx._src.collision_types import Collision, GeomInfo
 from mujoco.mjx._src.types import GeomType
 
 from ooo_rl.envs.engines import cylinders
+from ooo_rl.envs.engines.replaced import Replacement
 
 TINY = 1e-15  # mjMINVAL: C treats smaller numbers as zero
 SEPARATED = 1.0  # the distance that MJX gives to contacts that do not exist
@@ -108,36 +106,8 @@ CONTACTS = {
     (GeomType.CYLINDER, GeomType.BOX): cylinder_box,
 }
 
-_lock = threading.Lock()
-_holders = 0  # the number of open `exact_contacts`
-_upstream = {}  # MJX's own functions, from before the first `exact_contacts`
-
-
-@contextlib.contextmanager
-def exact_contacts():
-    """Puts `CONTACTS` into MJX's collision table while a function is traced, and then restores the table.
-
-    It is a context manager, and a decorator: `jax.jit(exact_contacts()(mjx.step))`. A function that is
-    compiled inside keeps `CONTACTS`, and one that is compiled outside keeps MJX's own. So pass a different
-    function object to `jax.jit` for each, as the decorator does. Uses may be nested. Other threads that
-    trace MJX at the same time see the same table.
-    """
-    global _holders
-    table = collision_driver._COLLISION_FUNC
-    with _lock:
-        if _holders == 0:
-            _upstream.update({pair: table.get(pair) for pair in CONTACTS})
-            table.update(CONTACTS)
-        _holders += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _holders -= 1
-            if _holders == 0:
-                table.update(_upstream)
-                for pair in [pair for pair, known in _upstream.items() if known is None]:
-                    del table[pair]
+# While a function is traced inside `exact_contacts()`, MJX finds `CONTACTS` in its collision table.
+exact_contacts = Replacement((collision_driver._COLLISION_FUNC, CONTACTS))
 
 
 def _to_local(mat: jax.Array, vector: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from mujoco import mjx
 from mujoco.mjx._src import forward, sensor, smooth, solver, support
 
+from ooo_rl.envs.engines import cholesky
 from ooo_rl.envs.engines.euler import wait_for
 
 # The softness of friction, relative to the inverse inertia it acts on. C has 0, the first solve about 0.1.
@@ -51,9 +52,7 @@ def hold(m: mjx.Model, d: mjx.Data) -> mjx.Data:
         slip = rows @ qacc - target
         stiff = jnp.where(jnp.abs(slip) < soft * bound, 1 / soft, 0.0)
         pull = mass @ (qacc - alone)
-        way = -jax.scipy.linalg.cho_solve(
-            jax.scipy.linalg.cho_factor(mass + (rows.T * stiff) @ rows), pull - rows.T @ forces(slip)
-        )
+        way = -cholesky.solve(cholesky.factor(mass + (rows.T * stiff) @ rows), pull - rows.T @ forces(slip))
         faster, pulled, curved = rows @ way, way @ pull, way @ mass @ way
         # The slope of the cost along the step. It never decreases with t.
         slope = lambda t: pulled + t * curved - forces(slip + t * faster) @ faster  # noqa: E731

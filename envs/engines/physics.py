@@ -15,8 +15,10 @@ code is the same for every engine. It reads `qpos`, `qvel`, `place` and `moved`,
 names more.
 """
 
+import contextlib
 import importlib.util
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ from mujoco.batch import Batch, SimulationError
 
 from ooo_rl.envs.engines import mjx_warp
 from ooo_rl.envs.engines.contacts import exact_contacts
+from ooo_rl.envs.engines.solver import lean_solver
 
 ENGINES = ("auto", "mjx", "mjx-warp", "mujoco")
 
@@ -160,6 +163,14 @@ def make_engine(
     return MjxEngine(model, frame_skip, root, "warp" if physics == "mjx-warp" else "jax", scene)
 
 
+@contextlib.contextmanager
+def our_mjx() -> Iterator[None]:
+    """While a function is traced: MJX with C's contacts, a solver that ends early, and exact products."""
+    # TF32 products corrupt contacts. So the physics, and nothing else, is computed at full precision.
+    with jax.default_matmul_precision("highest"), exact_contacts(), lean_solver():
+        yield
+
+
 class MjxEngine:
     """MJX. `Body.inner` is the solver's warm start [nv].
 
@@ -218,8 +229,7 @@ class MjxEngine:
         """`frame_skip` steps of one world: ((qpos, qvel, warm start, place, watched), MJX's data)."""
         data = data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=ctrl)
         world = self._world(scene)
-        # TF32 products corrupt contacts. So the physics, and nothing else, is computed at full precision.
-        with jax.default_matmul_precision("highest"), exact_contacts():
+        with our_mjx():
             data, _ = jax.lax.scan(
                 lambda d, _: (cast_like(self.substep(world, d), d), None), data, None, self.frame_skip
             )
@@ -229,7 +239,7 @@ class MjxEngine:
 
     def _look(self, data, qpos, qvel, scene):
         """(The watched values of one world before any step, MJX's data)."""
-        with jax.default_matmul_precision("highest"), exact_contacts():
+        with our_mjx():
             data = self.mjx.forward(self._world(scene), data.replace(qpos=qpos, qvel=qvel))
         return self._watched(data), data
 
