@@ -24,7 +24,8 @@ def check(nets, agents, actors, act, discounts, where, without=()):
 
     `agents` are those of all runs, `act(actor, obs)` plays one of their policies, `discounts` has one number
     per run. `where` begins the message; the probes in `without` are not asked. An agent without values
-    imitates: its mean action is that of the random rows, 0.
+    imitates: its mean action is that of the random rows, 0. What is wrong in a method is wrong in all runs. So
+    the mean error of a value is held tightly, and that of one run loosely: a run may see a probe late.
     """
     known = [row for row in KNOWN if row[0] not in without]
     which = jax.nn.one_hot(jnp.array([PROBES.index(name) for name, *_ in known]), len(PROBES))
@@ -39,16 +40,14 @@ def check(nets, agents, actors, act, discounts, where, without=()):
         return action, None
 
     actions, values = jax.device_get(jax.jit(jax.vmap(ask))(agents, actors))
-    wrong = []
-    for r, discount in enumerate(discounts):
-        for i, (name, s, value, best) in enumerate(known):
-            value = discount if value == "discount" else value
-            if values is None:
-                value, best = None, 0.0
-            far = value is not None and abs(values[r, i] - value) > 0.12
-            if far or (best is not None and abs(actions[r, i, 0] - best) > 0.2):
-                found = "" if value is None else f"value {values[r, i]:.2f}, known {value}; "
-                wrong.append(f"run {r}: {name} at {s}: {found}action {actions[r, i, 0]:.2f}, best {best}")
+    wrong, none = [], np.zeros(len(discounts))
+    for i, (name, s, value, best) in enumerate(known):
+        right = discounts if value == "discount" else value
+        best = 0.0 if values is None else best
+        error = none if values is None else np.abs(values[:, i] - right)
+        off = none if best is None else np.abs(actions[:, i, 0] - best)
+        if error.mean() > 0.12 or error.max() > 0.3 or off.max() > 0.2:
+            wrong.append(f"{name} at {s}: off by run: values {error.round(2)}, actions {off.round(2)}")
     assert not wrong, "\n".join([where, *wrong])
 
 

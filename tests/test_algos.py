@@ -281,7 +281,6 @@ def test_it_solves_the_probes(script, together):
 
 
 def test_train_returns_folder_results_and_agents(script, together):
-    assert together.result.folder == together.result.folder
     assert together.result.results == json.loads((together.result.folder / "result.json").read_text())
     saved = checkpoint_of(together.result.folder)
     assert together.result.agents
