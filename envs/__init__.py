@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from ooo_rl.envs import adroit, antmaze, locomotion, maze2d, probes
+from ooo_rl.envs import adroit, antmaze, kitchen, locomotion, maze2d, probes
 from ooo_rl.envs.base import Env, State, Task, step_all, step_and_reset, tally
 from ooo_rl.envs.engines.physics import ENGINES
 from ooo_rl.envs.point_mass_wall import PointMassWall
@@ -40,6 +40,7 @@ _ANTMAZES = {  # one name per dataset; the environments differ only by maze
     "large": ("large-play", "large-diverse", "large-goal-missing"),
 }
 _BINARY = {"door": adroit.Door, "pen": adroit.Pen, "relocate": adroit.Relocate}
+_D4RL_KITCHEN = {"reward": "new", "horizon": 280, "end_at_success": True}
 _BODIES = {  # MuJoCo models: `physics` chooses the engine that simulates them
     "halfcheetah": locomotion.HalfCheetah,
     "halfcheetah-sparse": locomotion.HalfCheetahSparse,
@@ -65,6 +66,8 @@ _BODIES = {  # MuJoCo models: `physics` chooses the engine that simulates them
         f"{name}-binary-ending": partial(task, reward="binary", end_at_success=True)
         for name, task in _BINARY.items()
     },
+    **{f"kitchen-{task}": partial(kitchen.Kitchen, task) for task in kitchen.TASKS},
+    **{f"kitchen-{task}-d4rl": partial(kitchen.Kitchen, task, **_D4RL_KITCHEN) for task in kitchen.TASKS},
 }
 
 

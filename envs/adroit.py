@@ -23,8 +23,6 @@ observations and rewards are current, but positions of bodies and sites are 2 ms
 beginning of the last physics step.
 """
 
-import importlib.util
-import pathlib
 from typing import ClassVar
 
 import jax
@@ -32,6 +30,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
+from ooo_rl.envs import robotics
 from ooo_rl.envs.physics_task import Body, PhysicsTask, Scene, resolve
 
 MODELS = ("auto", "shipped", "d4rl", "mjx")
@@ -41,37 +40,12 @@ MARGIN = 0.00025  # contact margin of every geom, in metres
 MAX_CONTACTS = 16
 
 
-def assets() -> pathlib.Path:
-    """The folder in which gymnasium-robotics keeps the models.
-
-    The package is not imported, because it prints messages at import. Raises ValueError if it is not
-    installed.
-    """
-    found = importlib.util.find_spec("gymnasium_robotics")
-    if found is None or found.origin is None:
-        raise ValueError(
-            "the hands need the models of gymnasium-robotics, which is not installed: "
-            "pip install '.[robotics]'"
-        )
-    return pathlib.Path(found.origin).parent / "envs" / "assets" / "adroit_hand"
-
-
 def load_model(file: str, kind: str) -> mujoco.MjModel:
     """Loads the model in `file` as `kind`, which is any of `MODELS` except "auto".
 
-    Raises ValueError, with MuJoCo's reason, if MuJoCo cannot load the file.
+    Raises ValueError if gymnasium-robotics is not installed, or if MuJoCo cannot load its file.
     """
-    path = assets() / file
-    try:
-        spec = mujoco.MjSpec.from_file(str(path))
-        if kind == "mjx":
-            for_mjx(spec)
-        model = spec.compile()
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}: MuJoCo refuses this model ({reason}); reinstall gymnasium-robotics"
-        ) from None
+    model = robotics.load_model(f"adroit_hand/{file}", for_mjx if kind == "mjx" else None)
     for name, gain in (("A_WRJ1", 10), ("A_WRJ0", 10)) + tuple((name, 1) for name in fingers(model)):
         row = model.actuator(name).id
         model.actuator_gainprm[row, :3], model.actuator_biasprm[row, :3] = (gain, 0, 0), (0, -gain, 0)

@@ -15,7 +15,7 @@ import pytest
 from ooo_rl import envs
 from ooo_rl.data import policy
 from ooo_rl.data.recipes import adroit as recipes
-from ooo_rl.envs import adroit
+from ooo_rl.envs import adroit, robotics
 
 REPO = pathlib.Path(__file__).parents[1]
 RAW = REPO.parent / "shared" / "datasets" / "raw"
@@ -251,7 +251,7 @@ def test_what_is_refused(monkeypatch):
         envs.make("door", "mujoco", reward="sparse")
     with pytest.raises(ValueError, match="did you mean relocate"):
         envs.make("relocat")
-    monkeypatch.setattr(adroit.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(robotics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"gymnasium-robotics, which is not installed: pip install '\.\[robotics\]'"
     ):

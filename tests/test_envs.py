@@ -15,16 +15,16 @@ from ooo_rl.envs import point_mass_wall as pm
 from ooo_rl.envs.rollout import rollout
 
 # Each class is played. Other names are traced alone, and named here by their ends: those that differ from a
-# played one by their map, and those whose rewards, endings or starts have tests in test_bodies.py or
-# test_adroit.py.
+# played one by their map, and those whose rewards, endings or starts have tests in test_bodies.py,
+# test_adroit.py or test_kitchen.py.
 MAPS = (
     "antmaze-medium-diverse", "antmaze-large-diverse", "medium-gymnasium", "large-gymnasium", "maze2d-open",
     "maze2d-medium", "maze2d-umaze", "open-dense", "medium-dense", "large-dense",
 )  # fmt: skip
-REWARDS = ("halfcheetah-sparse", "antmaze-umaze-v0", "-binary", "-ending")
+REWARDS = ("halfcheetah-sparse", "antmaze-umaze-v0", "-binary", "-ending", "-d4rl", "kitchen-mixed")
 DATA = (
     "play", "diverse-v0", "play-v0", "missing", "missing-v0", "missing-data", "umaze-diverse",
-    "truncated-expert",
+    "truncated-expert", "kitchen-partial", "kitchen-partial-d4rl",
 )  # fmt: skip
 NAMES = [name for name in envs.names() if not name.endswith(DATA)]  # DATA: the same task with other data
 PLAYED = [name for name in NAMES if not name.endswith(MAPS + REWARDS)]
