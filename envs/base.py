@@ -10,6 +10,7 @@ In addition to brax's contract:
   `BROKEN`. The episode is truncated there. Its last observation and reward are placeholders (the previous
   observation, and 0), and no learner may train on them.
 * `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 if it defines no success).
+* `metrics["solved"]`, where a task has several parts: float32, how many of them are solved so far.
 * `horizon`: number of steps after which an episode is truncated.
 * `reset_to(qpos, qvel) -> State`: starts an episode in a given state, for replay, tests and curricula.
 """

@@ -5,15 +5,16 @@ rewards are D4RL's (d4rl/kitchen at 89141a6). envs/kitchen_model.py says what is
 
 D4RL and the papers that fine-tune on the kitchen differ in reward, horizon and end:
 
-==========================  ==========================================  =======  ============================
-names                       reward of a step                            horizon  an episode ends
-==========================  ==========================================  =======  ============================
-kitchen-{complete, ...}     "cumulative": sub-tasks solved so far, 0-4  1,000    never
-kitchen-{complete, ...}-d4rl  "new": sub-tasks solved in this step      280      when all four are solved
-==========================  ==========================================  =======  ============================
+=====================  ==========================================  =======  =========================
+`--env`                reward of a step                            horizon  termination
+=====================  ==========================================  =======  =========================
+kitchen-complete       "cumulative": sub-tasks solved so far, 0-4  1,000    never
+kitchen-complete-d4rl  "new": sub-tasks solved in this step        280      when all four are solved
+=====================  ==========================================  =======  =========================
 
-The first is the variant of D4RL that Cal-QL and OOO use (nakamotoo/d4rl at d234792); D4RL's own data have its
-rewards. In both, the score is 25 for each solved sub-task.
+The first is the variant of D4RL that Cal-QL and OOO use (nakamotoo/d4rl at d234792). The rewards in D4RL's
+data are cumulative, too. In both variants the score is 25 for each solved sub-task. The same two exist for
+kitchen-partial and kitchen-mixed.
 """
 
 import jax
@@ -109,9 +110,7 @@ class Kitchen(PhysicsTask):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
         if horizon < 1 or not 0 <= noise < np.inf:
-            raise ValueError(
-                f"the kitchen needs a horizon of at least 1 and a noise of at least 0, got {horizon} and {noise}"
-            )
+            raise ValueError(f"horizon is at least 1 and noise at least 0, got {horizon} and {noise}")
         kind = ("d4rl" if resolve(physics) == "mujoco" else "mjx") if model == "auto" else model
         self.reward, self.horizon, self.end_at_success, self.noise = reward, horizon, end_at_success, noise
         self.elements = [
@@ -138,7 +137,7 @@ class Kitchen(PhysicsTask):
         return body.qpos + self.noise * NOISE * uniform, key
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array, key: jax.Array | None = None):
-        """As in `PhysicsTask`. `key` is that of the noise, by default PRNGKey(0). Nothing counts as solved."""
+        """As in `PhysicsTask`; `key` is that of the noise, by default PRNGKey(0). Nothing is solved yet."""
         key = jax.random.PRNGKey(0) if key is None else key
         return self.begin(self.episode(self.put(qpos, qvel), key))
 
@@ -152,7 +151,7 @@ class Kitchen(PhysicsTask):
         return reached.replace(metrics={**reached.metrics, "solved": solved})
 
     def control(self, action: jax.Array, seen: jax.Array) -> jax.Array:
-        """The controls [9], wanted joint positions: `seen` [30] moved by a step at the speed of `action` [9]."""
+        """The controls [9], wanted positions of the joints: those `seen` [30], moved on by `action` [9]."""
         return jnp.clip(seen[:JOINTS] + SPEED * self.dt * action, LOW, HIGH)
 
     def advance(self, inner: Episode, action: jax.Array):

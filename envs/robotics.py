@@ -1,4 +1,4 @@
-"""Loads the models of gymnasium-robotics. The package itself is not imported: it prints messages at import."""
+"""Loads the models of gymnasium-robotics. The package is not imported, because it prints at import."""
 
 import importlib.util
 import pathlib

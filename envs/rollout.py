@@ -15,17 +15,19 @@ def rollout(
 
     Each episode ends when it is done, or after `env.horizon` steps. `policy` maps observations [E, obs] to
     actions [E, act]. Returns arrays [E]: `success` (0/1, solved at any step), `return` (undiscounted) and
-    `length` (steps). With `record` it also returns `obs` [E, horizon + 1, obs]; after the end of an episode,
+    `length` (steps); also `solved`, the largest number of solved sub-tasks, if the task counts them. With
+    `record` it also returns `obs` [E, horizon + 1, obs]; after the end of an episode,
     its last observation is repeated.
     """
     state = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
-    tally = {name: jnp.zeros(num_episodes) for name in ("success", "return", "length")}
+    reached_once = [name for name in ("success", "solved") if name in state.metrics]
+    tally = {name: jnp.zeros(num_episodes) for name in (*reached_once, "return", "length")}
 
     def step(carry, _):
         state, alive, tally = carry
         reached = jax.vmap(env.step)(state, policy(state.obs))
         tally = {
-            "success": jnp.maximum(tally["success"], alive * reached.metrics["success"]),
+            **{name: jnp.maximum(tally[name], alive * reached.metrics[name]) for name in reached_once},
             "return": tally["return"] + alive * reached.reward,
             "length": tally["length"] + alive,
         }

@@ -81,6 +81,7 @@ def test_every_recipe_is_whole():
         assert name.startswith("ooo/") and name.endswith("-v0") and recipe.description, name
         assert {recipe.env, *recipe.also} <= set(envs.names()) and recipe.transitions >= 0, name
         assert recipe.policies and all(number in (0, 1, 2) for number in recipe.policies), name
+        assert bool(recipe.read) == (recipe.demonstrations != "none"), name
     assert len(RECIPES) == sum(len(family.RECIPES) for family in library.FAMILIES)
 
 
@@ -103,6 +104,7 @@ def test_every_short_name_leads_to_its_dataset():
         ("hammer-truncated-expert", "ooo/hammer-truncated-expert/expert-v0"),
         ("hopper", "none"),  # there is a choice
         ("door", "none"),
+        ("kitchen-complete", "ooo/kitchen-complete/human-v0"),
         ("probe-match-obs", "none"),
         ("no-such-env", "none"),
         ("", "none"),

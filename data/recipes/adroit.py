@@ -40,6 +40,9 @@ class Demonstrations:
     scene: np.ndarray
     actions: list[np.ndarray]
 
+    def __len__(self) -> int:
+        return len(self.actions)
+
 
 Source = Demonstrations | policy.Policy
 
@@ -198,12 +201,14 @@ def _of_hand(task: str, rows: int) -> dict[str, Recipe]:
     half = "Half roll-outs of a policy cloned from demonstrations, half these, repeated (D4RL)"
     return {
         f"ooo/{task}/human-v0": Recipe(
-            task, human, 0, "Human demonstrations, replayed", demonstrations="file"
+            task, human, 0, "Human demonstrations, replayed", demonstrations="file", read=load_demonstrations
         ),
         f"ooo/{task}/expert-v0": Recipe(
             task, play, rows, "Sampled actions of an expert policy (D4RL)", policies=(1,)
         ),
-        f"ooo/{task}/cloned-v0": Recipe(task, cloned, rows, half, demonstrations="any"),
+        f"ooo/{task}/cloned-v0": Recipe(
+            task, cloned, rows, half, demonstrations="any", read=load_demonstrations
+        ),
     }
 
 
@@ -211,7 +216,15 @@ def _binary(task: str) -> Recipe:
     """The recipe of AWAC's and OOO's data for a task that rewards only success."""
     about = "Demonstrations, and 500 roll-outs of a policy cloned from them (AWAC, OOO)"
     env = f"{task}-binary"
-    return Recipe(env, mixed, 500 * CLONED_STEPS, about, also=(f"{env}-ending",), demonstrations="any")
+    return Recipe(
+        env,
+        mixed,
+        500 * CLONED_STEPS,
+        about,
+        also=(f"{env}-ending",),
+        demonstrations="any",
+        read=load_demonstrations,
+    )
 
 
 RECIPES = {name: recipe for task, rows in HANDS.items() for name, recipe in _of_hand(task, rows).items()}

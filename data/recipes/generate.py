@@ -31,7 +31,7 @@ class Args:
     policy: tuple[str, ...] = ()
     """behaviour policies (.npz): one for medium or expert, two for medium-expert; optional for antmaze"""
     demonstrations: str = ""
-    """recorded demonstrations (.npz) of a hand; successful episodes of a --policy may replace them"""
+    """recorded demonstrations (.npz); for a hand, successful episodes of a --policy may replace them"""
     id: str = ""
     """id to write the dataset under, instead of its own"""
     seed: int = 0

@@ -15,10 +15,10 @@ from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.folder import METADATA, MINARI_FILE, datasets_root
 from ooo_rl.data.datasets.validate import LIMIT, Dataset
 from ooo_rl.data.errors import DatasetError, UsageError
-from ooo_rl.data.recipes import adroit, antmaze, locomotion, maze2d, point_mass
+from ooo_rl.data.recipes import adroit, antmaze, kitchen, locomotion, maze2d, point_mass
 from ooo_rl.data.recipes.recipe import Recipe
 
-FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit)
+FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit, kitchen)
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}
 
 
@@ -146,7 +146,7 @@ def make(
                 f"--policy {path}: takes {takes} observations and gives {gives} actions; "
                 f"{name} needs {expected[0]} and {expected[1]}"
             )
-    sources = [adroit.load_demonstrations(demonstrations, env)] if demonstrations else loaded
+    sources = [recipe.read(demonstrations, env)] if demonstrations else loaded
     episodes = recipe.episodes(env, transitions or recipe.transitions, seed, sources)
     behaviour = [
         f"{path.name} ({', '.join(str(actor[k]) for k in ('algo', 'source') if k in actor)})"
@@ -160,7 +160,7 @@ def make(
     }  # fmt: skip
     if recipe.demonstrations != "none":
         record["demonstrations"] = (
-            f"{len(sources[0].actions)} recorded ones, {pathlib.Path(demonstrations).name}"
+            f"{len(sources[0])} recorded ones, {pathlib.Path(demonstrations).name}"
             if demonstrations
             else f"{adroit.STAND_INS} successful episodes of the policy stand in for human ones"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Recipe:
     demonstrations: "file" if the dataset is made from recorded demonstrations; "any" if successful episodes
     of a policy may replace them; "none" if it needs none.
 
+    read: the function (path, environment) -> demonstrations, an object whose length is their number. It
+    raises ValueError for files that do not fit.
+
     by_hand: whether making the dataset takes too long to do it on first loading. The user must then ask for
     it.
     """
@@ -40,6 +43,7 @@ class Recipe:
     policies: tuple[int, ...] = (0,)
     policy_sizes: tuple[int, int] | None = None
     demonstrations: Literal["none", "file", "any"] = "none"
+    read: Callable[..., Any] | None = None
     by_hand: bool = False
 
     @property

@@ -39,8 +39,8 @@ class Evaluator:
     """`evaluator(actors, keys)` plays `--eval-episodes` episodes with each policy's mean action.
 
     `act(actor, obs)` is one run's policy. `actors` are parameters with a leading axis of runs; `keys` are
-    [runs, 2]. Returns success, return and length [runs, episodes]. With `record` (in --env only) it also
-    returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles before the first call.
+    [runs, 2]. Returns success, return and length [runs, episodes], and solved if the task counts its parts.
+    With `record` (in --env only) it also returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles before the first call.
     """
 
     def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):

@@ -324,9 +324,11 @@ class Session:
         # Apart from the keys of training; the same starts for every phase and step.
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
         tally = real(self.evaluate(actor, keys, record=recorded), self.num_runs)
-        result = {name: _means(tally[name]) for name in MEASURES}
-        returns = np.asarray(tally["return"], np.float64).mean(axis=1)
-        score = normalized_score(self.args.eval_env or self.args.env, returns)
+        measures = [name for name in (*MEASURES, "solved") if name in tally]
+        result = {name: _means(tally[name]) for name in measures}
+        # The score of a task with parts is that of the number of solved ones, whatever its rewards are.
+        scored = np.asarray(tally.get("solved", tally["return"]), np.float64).mean(axis=1)
+        score = normalized_score(self.args.eval_env or self.args.env, scored)
         if score is not None:
             result["normalized_score"] = [finite_or_none(v) for v in np.atleast_1d(score)]
         for values in result.values():
@@ -334,7 +336,7 @@ class Session:
         self.phases[chunk.phase] = result
         self._log(chunk.phase, step, {f"eval/{name}": numbers(values) for name, values in result.items()})
         note = "  ".join(
-            f"{name} {aggregates.summarise(numbers(result[name]))['iqm']:.2f}" for name in MEASURES
+            f"{name} {aggregates.summarise(numbers(result[name]))['iqm']:.2f}" for name in measures
         )
         self.bar.update(self.row, note=note)
         if not self.console.is_terminal:
