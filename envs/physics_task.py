@@ -33,8 +33,11 @@ class PhysicsTask(Task):
         self.dt = frame_skip * model.opt.timestep  # seconds of one environment step
         self.control_low, self.control_high = model.actuator_ctrlrange.T
 
-    def control(self, action: jax.Array) -> jax.Array:
-        """Actuator controls [nu] of an action [nu] in [-1, 1]: the linear map to the control ranges."""
+    def control(self, action: jax.Array, inner: Any = None) -> jax.Array:
+        """Actuator controls [nu] of an action [nu] in [-1, 1]: the linear map to the control ranges.
+
+        `inner` is the inner state in which the action is taken. It counts where actions are relative to it.
+        """
         middle, half = (self.control_high + self.control_low) / 2, (self.control_high - self.control_low) / 2
         return jnp.asarray(middle) + jnp.asarray(half) * action
 

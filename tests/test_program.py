@@ -167,6 +167,15 @@ def test_calls_of_the_host_are_seen_wherever_they_are():
     assert set(asked) == {(3,)}
 
 
+def test_options_reach_the_compiler():
+    """It refuses one that it does not know."""
+    double = lambda x: 2 * x  # noqa: E731
+    known = Compiled(double, mesh_for(1), options={"xla_cpu_use_fusion_emitters": False})
+    assert known(jnp.ones(1)).tolist() == [2]
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        Compiled(double, mesh_for(1), options={"xla_no_such_option": False})(jnp.ones(1))
+
+
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_scan_mean(bad):
     def step(i):

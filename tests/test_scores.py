@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ooo_rl.data.datasets.scores import REFERENCES, normalized_score, reference
+from ooo_rl.data.datasets.scores import REFERENCES, normalized_score, reference, scored
 
 NAMES = {  # family -> how its tasks and datasets are called
     "halfcheetah": "halfcheetah-medium-v2 HalfCheetah-v5 mujoco/halfcheetah/expert-v0",
@@ -46,3 +46,14 @@ def test_random_is_0_and_expert_100():
     np.testing.assert_allclose(normalized_score("hopper-medium-v2", REFERENCES["hopper"]), [0, 100])
     np.testing.assert_allclose(normalized_score("hopper-medium-v2", np.mean(REFERENCES["hopper"])), 50)
     assert normalized_score("D4RL/door/human-v2", 795.95) == pytest.approx(29.02, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "new"])
+def test_the_score_of_the_kitchen_is_the_number_of_solved_sub_tasks(kind):
+    new = np.array([0, 1, 0, 2, 0, 0, 1, 0, 0, 0.0])  # three in the first episode, one in the second
+    episode = np.repeat([0, 1], [5, 5])
+    so_far = np.concatenate([np.cumsum(new[:5]), np.cumsum(new[5:])])
+    rewards = so_far if kind == "cumulative" else new
+    assert scored("ooo/kitchen-complete/human-v0", rewards, episode).tolist() == [3, 1]
+    assert scored("hopper-medium-v2", rewards, episode).tolist() == [rewards[:5].sum(), rewards[5:].sum()]
+    assert normalized_score("kitchen-mixed", 3.0) == 75

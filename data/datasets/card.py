@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.datasets import action_box
-from ooo_rl.data.datasets.scores import normalized_score
+from ooo_rl.data.datasets.scores import normalized_score, scored
 
 
 def make_card(
@@ -28,7 +28,8 @@ def make_card(
     digest = hashlib.sha256()
     for array in (rows.obs, rows.action, rows.reward, rows.next_obs, rows.discount):
         digest.update(array.tobytes())
-    score = normalized_score(raw.dataset_id or name, returns.mean()) if raw.ordered else None
+    task = raw.dataset_id or name
+    score = normalized_score(task, scored(task, rows.reward, episode).mean()) if raw.ordered else None
     low, high = map(action_box.plain, raw.box) if raw.box else (None, None)
     return {
         "id": name, "source": source, "sha256": digest.hexdigest()[:16],

@@ -60,6 +60,21 @@ def reference(name: str) -> tuple[float, float] | None:
     return None
 
 
+def scored(name: str, rewards: np.ndarray, episode: np.ndarray) -> np.ndarray:
+    """What D4RL scores of each episode: its return or, in the kitchen, how many sub-tasks it solves.
+
+    `rewards` [N] are those of the dataset `name`, `episode` [N] the numbers of their episodes, from 0 on.
+    Rewards of the kitchen count the sub-tasks solved so far (D4RL's files, and ours), or the newly solved
+    ones (Minari's). Only the first kind has returns above 4.
+    """
+    returns = np.bincount(episode, rewards)
+    if reference(name) != REFERENCES["kitchen"] or returns.max() <= REFERENCES["kitchen"][1]:
+        return returns
+    solved = np.zeros(len(returns))
+    np.maximum.at(solved, episode, rewards)
+    return solved
+
+
 def normalized_score(name: str, returns) -> np.ndarray | None:
     """100 * (return - random) / (expert - random) for each of `returns`; None if there is no reference."""
     scores = reference(name)

@@ -40,7 +40,8 @@ class Evaluator:
 
     `act(actor, obs)` is one run's policy. `actors` are parameters with a leading axis of runs; `keys` are
     [runs, 2]. Returns success, return and length [runs, episodes], and solved if the task counts its parts.
-    With `record` (in --env only) it also returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles before the first call.
+    With `record` (in --env only) it also returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles
+    before the first call.
     """
 
     def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):
@@ -50,7 +51,7 @@ class Evaluator:
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
 
-        self.rollout = Compiled(play, mesh)
+        self.rollout = Compiled(play, mesh, options=getattr(env, "compiler_options", None))
 
     @property
     def possible(self) -> bool:

@@ -131,11 +131,18 @@ class Compiled:
     Arguments are known by name. One whose name is in `shared` is the same for all runs; all others, and the
     results, have a leading axis of runs. A first argument called `state` gives its memory to the results.
     Keyword arguments are compile-time constants: each new combination compiles once, ahead of time;
-    `compile_seconds` and `run_seconds` add up what compiling and running took.
+    `compile_seconds` and `run_seconds` add up what compiling and running took. `options` are those of XLA's
+    compiler.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh, shared: tuple[str, ...] = SHARED):
-        self.function, self.mesh, self.shared = function, mesh, shared
+    def __init__(
+        self,
+        function: Callable,
+        mesh: Mesh,
+        shared: tuple[str, ...] = SHARED,
+        options: dict[str, Any] | None = None,
+    ):
+        self.function, self.mesh, self.shared, self.options = function, mesh, shared, options
         self.names = [
             p.name for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY
         ]
@@ -161,7 +168,8 @@ class Compiled:
                 sharded = jax.shard_map(
                     mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False
                 )
-                self.programs[key] = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments).compile()
+                lowered = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments)
+                self.programs[key] = lowered.compile(self.options or None)
             self.compile_seconds += time.perf_counter() - began
         return self.programs[key]
 

@@ -167,7 +167,8 @@ class Session:
 
     def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
         """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`)."""
-        compiled = [Compiled(partial(function, static), self.mesh) for function in functions]
+        options = getattr(self.env, "compiler_options", None)
+        compiled = [Compiled(partial(function, static), self.mesh, options=options) for function in functions]
         self.programs += compiled
         return compiled
 

@@ -93,7 +93,7 @@ class Args:
     engines: tuple[str, ...] = ("mujoco", "mjx") + (
         ("mjx-warp",) if not ON_CPU and importlib.util.find_spec("warp") else ()
     )
-    """engines behind our environments, or engine:model of a hand, such as mujoco:mjx; Maze2D has none and is
+    """engines behind our environments, or engine:model of a hand or the kitchen, such as mujoco:mjx; Maze2D has none and is
     measured once"""
     worlds: tuple[int, ...] = (1, 8, 64, 256) if ON_CPU else (1, 8, 64, 256, 1024, 4096, 16384)
     """worlds side by side"""
@@ -156,7 +156,8 @@ class Ours:
         )
         self.worlds, self.length, self.key = worlds, length, jax.random.PRNGKey(1)
         self.state = jax.jit(jax.vmap(self.env.reset))(jax.random.split(jax.random.PRNGKey(0), worlds))
-        self.program, began = jax.jit(self._pass), time.perf_counter()
+        self.options = getattr(self.env, "compiler_options", None) or None
+        self.program, began = jax.jit(self._pass, compiler_options=self.options), time.perf_counter()
         self.program.lower(self.state, self.key).compile()  # the calls find this program
         self.compile_seconds, self.recompilations = time.perf_counter() - began, 0
 
@@ -167,15 +168,15 @@ class Ours:
             now, (self.worlds, self.env.action_size), minval=-1.0, maxval=1.0
         ), jax.random.split(after, self.worlds)
 
-    def _pass(self, state: envs.State, key: jax.Array) -> tuple[envs.State, tuple[jax.Array, dict]]:
+    def _pass(self, state: envs.State, key: jax.Array, watch: Callable = lambda state, actions: None):
         def step(state, key):
             actions, after = self._draw(key)
             following, reached = jax.vmap(partial(envs.step_and_reset, self.env))(state, actions, after)
-            return following, (reached.done > 0, envs.tally(reached))
+            return following, (reached.done > 0, envs.tally(reached), watch(state, actions))
 
         return jax.lax.scan(step, state, jax.random.split(key, self.length))
 
-    def __call__(self) -> tuple[envs.State, tuple[jax.Array, dict]]:
+    def __call__(self) -> tuple[envs.State, tuple[jax.Array, dict, None]]:
         before = COMPILATIONS.count
         result = jax.block_until_ready(self.program(self.state, self.key))
         self.recompilations += COMPILATIONS.count - before
@@ -183,7 +184,7 @@ class Ours:
 
     def tape(self) -> Tape:
         """Makes a pass and writes down what happened; draws and resets are repeated from their keys."""
-        after, (done, _) = self()
+        after, (done, *_) = self()
         actions, keys = jax.jit(jax.vmap(self._draw))(jax.random.split(self.key, self.length))
         if not isinstance(self.env, PhysicsTask):
             return Tape((), np.asarray(actions), np.asarray(actions, np.float64), [None] * self.length, None)
@@ -198,7 +199,9 @@ class Ours:
                 )
             else:
                 restarts.append(None)
-        controls = np.asarray(jax.jit(self.env.control)(actions), np.float64)
+        control = lambda state, actions: jax.vmap(self.env.control)(actions, state.pipeline_state)  # noqa: E731
+        again = jax.jit(partial(self._pass, watch=control), compiler_options=self.options)
+        controls = np.asarray(again(self.state, self.key)[1][2], np.float64)
         parts = self._parts(self.state), np.asarray(actions), controls, restarts, self._parts(after)[0]
         return Tape(*parts, self.env.engine.scene, scenes_of(self.state, slice(None)))
 
