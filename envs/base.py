@@ -12,6 +12,7 @@ In addition to brax's contract:
 * `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 if it defines no success).
 * `metrics["solved"]`, where a task has several parts: float32, how many of them are solved so far.
 * `horizon`: number of steps after which an episode is truncated.
+* `compiler_options`: options of XLA's compiler for programs that step the environment; mostly none.
 * `reset_to(qpos, qvel) -> State`: starts an episode in a given state, for replay, tests and curricula.
 """
 
@@ -39,6 +40,11 @@ class Task(Env):
     """
 
     horizon: int
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options for `jax.jit(compiler_options=...)`."""
+        return {}
 
     def start(self, key: jax.Array) -> Any:
         """Draws the inner state in which an episode begins."""

@@ -124,7 +124,7 @@ class Kitchen(PhysicsTask):
 
     @property
     def compiler_options(self) -> dict[str, bool]:
-        """Options for `jax.jit(compiler_options=...)`, without which MJX on a CPU takes 100 times as long.
+        """As in `Task`. Without the option, MJX on a CPU takes 100 times as long.
 
         XLA's fused loops would compute the poses of the arm's links anew for each use of them.
         """

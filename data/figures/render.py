@@ -98,7 +98,10 @@ def play(env: Env, actor: Actor | None, key: jax.Array, episodes: int = 1, steps
         return place(state), *drawn, places, done, broken
 
     first, goals, scenes, later, done, broken = jax.tree.map(
-        np.asarray, jax.jit(jax.vmap(episode))(jax.random.split(key, episodes))
+        np.asarray,
+        jax.jit(jax.vmap(episode), compiler_options=getattr(env, "compiler_options", None))(
+            jax.random.split(key, episodes)
+        ),
     )
     tracks = []
     for i in range(episodes):

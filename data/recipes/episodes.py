@@ -53,7 +53,10 @@ def record(
         state = restart(start_key)
         return state, begin(state, begin_key)
 
-    run = jax.jit(jax.vmap(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, CHUNK))))
+    run = jax.jit(
+        jax.vmap(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, CHUNK))),
+        compiler_options=getattr(env, "compiler_options", None),
+    )
     key = jax.random.PRNGKey(seed)
     carry = jax.jit(jax.vmap(start))(jax.random.split(jax.random.fold_in(key, 0), worlds))
     open_rows: list[list[tuple]] = [[] for _ in range(worlds)]

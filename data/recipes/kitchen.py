@@ -84,8 +84,9 @@ def replays(env: Kitchen, source: Demonstrations, key: jax.Array) -> list[dict]:
         return state.obs, jax.lax.scan(step, state, controls)[1]
 
     starts = [np.stack([own[0] for own in part]) for part in (source.qpos, source.qvel)]
+    program = jax.jit(jax.vmap(one), compiler_options=env.compiler_options)
     first, (later, action, reward) = jax.tree.map(
-        np.asarray, jax.jit(jax.vmap(one))(*starts, controls, jax.random.split(key, len(source)))
+        np.asarray, program(*starts, controls, jax.random.split(key, len(source)))
     )
     obs = np.concatenate([first[:, None], later], axis=1)
     return [

@@ -169,7 +169,7 @@ class Compiled:
                     mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False
                 )
                 lowered = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments)
-                self.programs[key] = lowered.compile(self.options or None)
+                self.programs[key] = lowered.compile(self.options)
             self.compile_seconds += time.perf_counter() - began
         return self.programs[key]
 

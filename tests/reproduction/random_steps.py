@@ -58,7 +58,8 @@ def main() -> None:
         state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), args.worlds))
         began = time.perf_counter()
         keys = jax.random.split(jax.random.PRNGKey(1), -(-args.steps // args.worlds))
-        _, counts = jax.jit(lambda s, k, step=step: jax.lax.scan(step, (s, jnp.zeros(3)), k)[0])(state, keys)
+        play = lambda s, k, step=step: jax.lax.scan(step, (s, jnp.zeros(3)), k)[0]  # noqa: E731
+        _, counts = jax.jit(play, compiler_options=env.compiler_options)(state, keys)
         broken, bad, ends = (int(x) for x in counts)
         taken = len(keys) * args.worlds
         seconds = time.perf_counter() - began
