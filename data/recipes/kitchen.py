@@ -1,5 +1,6 @@
-"""Datasets of the Franka Kitchen: human demonstrations, replayed."""
+"""Datasets of the Franka Kitchen: human demonstrations replayed, and new episodes made of their pieces."""
 
+import itertools
 import pathlib
 from dataclasses import dataclass
 
@@ -8,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ooo_rl.data.datasets.write import cut_to, episode
+from ooo_rl.data.recipes import knobs
 from ooo_rl.data.recipes.recipe import Recipe
-from ooo_rl.envs.kitchen import JOINTS, SPEED, Kitchen
+from ooo_rl.envs.kitchen import ELEMENTS, JOINTS, SOLVED, SPEED, TASKS, Kitchen
 
 LARGEST = 0.999  # D4RL clips the actions of its demonstrations to +-0.999
+ORDER = ("microwave", "kettle", "bottom burner", "top burner", "light switch", "slide cabinet")
+AFTER = 8  # steps that a segment goes on after its sub-task is solved
+PACE = 0.07  # mean speed of the fastest joint between two segments, in rad per step
+BATCH = 64  # episodes that are played at once
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,30 @@ def wanted_action(seen: jax.Array, controls: jax.Array, dt: float) -> jax.Array:
     return jnp.clip((controls - seen[:JOINTS]) / (SPEED * dt), -LARGEST, LARGEST)
 
 
-def replays(env: Kitchen, source: Demonstrations, key: jax.Array) -> list[dict]:
-    """D4RL's way from a demonstration to data (d4rl/kitchen/adept_envs/utils/parse_demos.py).
+def played(
+    env: Kitchen, key: jax.Array, controls: list[np.ndarray], starts: tuple | None = None
+) -> list[dict]:
+    """The episodes in which each action asks for the next of `controls` [E][T, 9], from what is observed.
 
-    Each episode begins in its recorded state. Each action asks for the recorded controls, from what is
-    observed: so the noise is in the actions as well. The episode ends with the last control.
+    So the sensors' noise is in the actions as well, as in D4RL's data
+    (d4rl/kitchen/adept_envs/utils/parse_demos.py). `starts` are positions [E, 30] and velocities [E, 29], by
+    default the environment's start. An episode is truncated after its last control.
     """
-    lengths = [len(own) for own in source.controls]
-    controls = np.stack(
-        [np.pad(own, ((0, max(lengths) - len(own)), (0, 0)), "edge") for own in source.controls]
-    )
+    lengths = [len(own) for own in controls]
+    padded = np.stack([np.pad(own, ((0, max(lengths) - len(own)), (0, 0)), "edge") for own in controls])
 
-    def one(qpos, qvel, controls, key):
+    def one(start, controls, key):
         def step(state, controls):
             action = wanted_action(state.pipeline_state.seen, controls, env.dt)
             reached = env.step(state, action)
             return reached, (reached.obs, action, reached.reward)
 
-        state = env.reset_to(qpos, qvel, key)
+        state = env.reset(key) if start is None else env.reset_to(*start, key)
         return state.obs, jax.lax.scan(step, state, controls)[1]
 
-    starts = [np.stack([own[0] for own in part]) for part in (source.qpos, source.qvel)]
     program = jax.jit(jax.vmap(one), compiler_options=env.compiler_options)
     first, (later, action, reward) = jax.tree.map(
-        np.asarray, program(*starts, controls, jax.random.split(key, len(source)))
+        np.asarray, program(starts, padded, jax.random.split(key, len(controls)))
     )
     obs = np.concatenate([first[:, None], later], axis=1)
     return [
@@ -95,10 +101,78 @@ def replays(env: Kitchen, source: Demonstrations, key: jax.Array) -> list[dict]:
     ]
 
 
+def replays(env: Kitchen, source: Demonstrations, key: jax.Array) -> list[dict]:
+    """The demonstrations, from their recorded starts."""
+    starts = tuple(np.stack([own[0] for own in part]) for part in (source.qpos, source.qvel))
+    return played(env, key, source.controls, starts)
+
+
 def human(env: Kitchen, transitions: int, seed: int, sources: list[Demonstrations]) -> list[dict]:
     """The first `transitions` rows of the replayed demonstrations, or all of them if it is 0."""
-    played = replays(env, sources[0], jax.random.PRNGKey(seed))
-    return cut_to(played, transitions) if transitions else played
+    shown = replays(env, sources[0], jax.random.PRNGKey(seed))
+    return cut_to(shown, transitions) if transitions else shown
+
+
+def solved(positions: np.ndarray, element: str) -> np.ndarray:
+    """Whether `element` is at its goal in each of the `positions` [T, 30]."""
+    first, goal = ELEMENTS[element]
+    return np.linalg.norm(positions[:, first : first + len(goal)] - goal, axis=1) < SOLVED
+
+
+def segments(env: Kitchen, source: Demonstrations, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """Element -> recorded ways to bring it to its goal, as controls [T, 9].
+
+    Demonstrations are cut a little after each sub-task is solved. The scripted expert turns the knobs, as
+    often as there are demonstrations.
+    """
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ORDER}
+    for qpos, controls in zip(source.qpos, source.controls):
+        begin = 0
+        for element in TASKS["complete"]:
+            end = min(int(np.argmax(solved(qpos, element))) + AFTER, len(controls))
+            found[element].append(controls[begin:end])
+            begin = end
+    for element in knobs.KNOBS:
+        while len(found[element]) < len(source):
+            turned = knobs.turn(env, element, rng)
+            if turned is not None:
+                found[element].append(np.float32(turned))
+    return found
+
+
+def move(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Controls [T, 9] that lead smoothly from the controls `begin` [9] to `end` [9]."""
+    steps = max(4, int(np.abs(end - begin)[:7].max() / PACE))
+    share = np.arange(1, steps + 1)[:, None] / steps
+    return begin + share**2 * (3 - 2 * share) * (end - begin)
+
+
+def plan(ways: dict[str, list[np.ndarray]], order: tuple, home: np.ndarray, rng: np.random.Generator):
+    """Controls [T, 9] that take a random one of the `ways` for each element of `order`, beginning at `home`."""
+    parts, at = [], home
+    for element in order:
+        own = ways[element][rng.integers(len(ways[element]))]
+        parts += [move(at, own[0]), own]
+        at = own[-1]
+    return np.concatenate(parts)
+
+
+def recombined(env: Kitchen, transitions: int, seed: int, sources: list[Demonstrations]) -> list[dict]:
+    """Episodes that solve four of the elements of `ORDER`, in this order, like relay policy learning's data.
+
+    Any four are as likely as others, but never those of the task mixed. What does not succeed is left out.
+    """
+    rng, key, kept = np.random.default_rng(seed), jax.random.PRNGKey(seed), []
+    ways, home = segments(env, sources[0], rng), sources[0].controls[0][0]
+    orders = [order for order in itertools.combinations(ORDER, 4) if {*order} != {*TASKS["mixed"]}]
+    while sum(len(whole["rewards"]) for whole in kept) < transitions:
+        chosen = [orders[number] for number in rng.integers(len(orders), size=BATCH)]
+        key, now = jax.random.split(key)
+        for order, whole in zip(chosen, played(env, now, [plan(ways, order, home, rng) for order in chosen])):
+            positions = whole["observations"][1:, :30]
+            if all(solved(positions, element).any() for element in order):
+                kept.append(whole)
+    return cut_to(kept, transitions)
 
 
 RECIPES = {
@@ -112,4 +186,19 @@ RECIPES = {
         demonstrations="file",
         read=load_demonstrations,
     ),
+}
+RECIPES |= {
+    f"ooo/kitchen-{task}/regenerated-v0": Recipe(
+        f"kitchen-{task}",
+        recombined,
+        136_950,
+        f"Regenerated, not D4RL's: four of six elements per episode{few}, from pieces of the human "
+        "demonstrations of kitchen-complete and a scripted expert for the knobs",
+        "D4RL's data are human demonstrations of four elements each (relay policy learning). As there, actions "
+        "ask for planned controls from noisy observations. Episodes that solve less are left out",
+        demonstrations="file",
+        read=load_demonstrations,
+        by_hand=True,
+    )
+    for task, few in (("partial", ", sometimes the task's"), ("mixed", ", never all of the task's"))
 }
