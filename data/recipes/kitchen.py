@@ -129,7 +129,10 @@ def segments(env: Kitchen, source: Demonstrations, rng: np.random.Generator) -> 
     for qpos, controls in zip(source.qpos, source.controls):
         begin = 0
         for element in TASKS["complete"]:
-            end = min(int(np.argmax(solved(qpos, element))) + AFTER, len(controls))
+            reached = solved(qpos, element)
+            if not reached.any():  # what follows begins elsewhere than where the others do
+                break
+            end = min(int(np.argmax(reached)) + AFTER, len(controls))
             found[element].append(controls[begin:end])
             begin = end
     for element in knobs.KNOBS:
@@ -148,7 +151,7 @@ def move(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def plan(ways: dict[str, list[np.ndarray]], order: tuple, home: np.ndarray, rng: np.random.Generator):
-    """Controls [T, 9] that take a random one of the `ways` for each element of `order`, beginning at `home`."""
+    """Controls [T, 9] that begin at `home` and take one of the `ways`, by chance, for each of `order`."""
     parts, at = [], home
     for element in order:
         own = ways[element][rng.integers(len(ways[element]))]
@@ -194,8 +197,8 @@ RECIPES |= {
         136_950,
         f"Regenerated, not D4RL's: four of six elements per episode{few}, from pieces of the human "
         "demonstrations of kitchen-complete and a scripted expert for the knobs",
-        "D4RL's data are human demonstrations of four elements each (relay policy learning). As there, actions "
-        "ask for planned controls from noisy observations. Episodes that solve less are left out",
+        "D4RL's data are human demonstrations of four elements each (relay policy learning). As there, "
+        "actions ask for planned controls from noisy observations. Episodes that solve less are left out",
         demonstrations="file",
         read=load_demonstrations,
         by_hand=True,
