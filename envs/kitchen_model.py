@@ -112,11 +112,11 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
             body.mass, body.inertia = whole.body_mass[row], whole.body_inertia[row]
             body.ipos, body.iquat = whole.body_ipos[row], whole.body_iquat[row]
     seen: dict[str, int] = {}  # body -> how many of its colliding geoms have come
-    for geom in list(spec.geoms):
+    for geom, row in [(geom, geom.id) for geom in spec.geoms]:  # an id changes when others are deleted
         name, collides = geom.parent.name, geom.contype or geom.conaffinity
         number = seen.get(name, 0)
         seen[name] = number + bool(collides)
-        if not collides or not place(spec, whole, geom, number):
+        if not collides or not place(geom, number, whole, row):
             spec.delete(geom)
     for mesh in list(spec.meshes):
         if mesh.name == "hand_col":
@@ -127,10 +127,10 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
     spec.add_numeric(name="max_contact_points", data=[MAX_CONTACTS], size=1)
 
 
-def place(spec: mujoco.MjSpec, whole: mujoco.MjModel, geom: mujoco.MjsGeom, number: int) -> bool:
+def place(geom: mujoco.MjsGeom, number: int, whole: mujoco.MjModel, row: int) -> bool:
     """Gives the `number`-th colliding geom of a body its shape and its groups; whether it stays.
 
-    `whole` is the model before all changes. What replaces the geom is added to its body.
+    It is the geom `row` of `whole`, the model before all changes. What replaces it is added to its body.
     """
     body, name = geom.parent, geom.parent.name
     link = int(name[-1]) if name.startswith("panda0_link") else None
@@ -141,10 +141,10 @@ def place(spec: mujoco.MjSpec, whole: mujoco.MjModel, geom: mujoco.MjsGeom, numb
         return touch(geom, FINGERS | FINGERTIPS * tip, 0)
     if link == 7 and number == 1:
         box = added(body, BOX, HAND, 0)
-        centre, half = HAND_SHARE * whole.geom_aabb[geom.id].reshape(2, 3)
+        centre, half = HAND_SHARE * whole.geom_aabb[row].reshape(2, 3)
         turn = np.zeros(9)
-        mujoco.mju_quat2Mat(turn, whole.geom_quat[geom.id])
-        box.pos, box.quat = whole.geom_pos[geom.id] + turn.reshape(3, 3) @ centre, whole.geom_quat[geom.id]
+        mujoco.mju_quat2Mat(turn, whole.geom_quat[row])
+        box.pos, box.quat = whole.geom_pos[row] + turn.reshape(3, 3) @ centre, whole.geom_quat[row]
         box.size = half
         return touch(geom, HULL, 0)
     if link is not None:
