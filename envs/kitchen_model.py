@@ -55,17 +55,18 @@ FIXED = {
     "hingecab": (5,),
     "wallroot": (0, 1),
 }
-# Arm link -> capsules in place of its mesh: two ends [3] and a radius, in metres. They were fitted to the
-# support function of the mesh's convex hull; docs/kitchen.md has the errors.
-LINKS = {
+# Capsules in place of the meshes of links and hand: two ends [3] and a radius, in metres. They were fitted to
+# the support functions of the meshes' convex hulls; docs/kitchen.md has the errors.
+LINKS: dict[int, tuple] = {
     0: (
         (-0.001, 0, 0.089, 0.007, 0, 0.051, 0.068),
         (0.005, 0.088, 0.004, 0.006, -0.087, 0.004, 0.007),
         (-0.134, 0.055, 0.005, -0.134, -0.054, 0.005, 0.01),
     ),
     2: (
-        (0, -0.001, 0.076, -0.001, 0.004, 0.03, 0.055),
-        (0.001, -0.155, -0.004, -0.003, -0.152, 0.014, 0.056),
+        (0, -0.014, 0.057, 0, -0.15, 0.008, 0.061),
+        (-0.003, -0.162, -0.011, 0, 0.003, 0.081, 0.05),
+        (0, -0.013, 0.068, 0, 0.002, 0.031, 0.058),
     ),
     5: (
         (0, 0.047, 0.003, 0.001, 0.025, -0.216, 0.051),
@@ -85,7 +86,14 @@ LINKS = {
     ),
 }
 FOREARM = (5, 6, 7)  # links that touch things, and the links 0 and 2
-HULL_VERTICES, HAND_SHARE = 32, 0.93
+HAND_CAPSULES = (
+    (0.046, 0.074, 0.109, -0.059, -0.06, 0.087, 0.006),
+    (0.07, 0.045, 0.11, -0.018, -0.047, 0.114, 0.01),
+    (0.068, 0.057, 0.161, -0.068, -0.057, 0.161, 0.013),
+    (0.016, 0.039, 0.106, -0.057, -0.068, 0.161, 0.013),
+    (-0.065, -0.065, 0.1, 0.057, 0.07, 0.162, 0.011),
+)
+HULL_VERTICES = 32
 FOOT = 0.002  # radius of the spheres at the corners of the kettle, in metres
 MAX_PAIRS, MAX_CONTACTS = 64, 16  # pairs of geoms of each kind, contacts of each dimension (condim)
 
@@ -95,7 +103,7 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
 
     * Geoms that do not collide are removed, and meshes. Bodies keep their mass and inertia.
     * Cylinders of handles and of the kettle's spout become capsules. The discs below the knobs are removed.
-    * The hand has two shapes: for capsules the hull of its mesh with 32 vertices, for boxes a box.
+    * The hand has two shapes: for capsules the hull of its mesh with 32 vertices, for boxes capsules.
     * The links 5 to 7 of the arm become capsules (`LINKS`), and the links 0 and 2, which they may hit.
     * The kettle stands on spheres of 2 mm at its corners. MJX's contacts between two boxes are not C's.
     * Of what is fixed only `FIXED` and the floor count. Fixed boxes meet the ends of the fingers, not their
@@ -112,11 +120,11 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
             body.mass, body.inertia = whole.body_mass[row], whole.body_inertia[row]
             body.ipos, body.iquat = whole.body_ipos[row], whole.body_iquat[row]
     seen: dict[str, int] = {}  # body -> how many of its colliding geoms have come
-    for geom, row in [(geom, geom.id) for geom in spec.geoms]:  # an id changes when others are deleted
+    for geom in list(spec.geoms):
         name, collides = geom.parent.name, geom.contype or geom.conaffinity
         number = seen.get(name, 0)
         seen[name] = number + bool(collides)
-        if not collides or not place(geom, number, whole, row):
+        if not collides or not place(geom, number):
             spec.delete(geom)
     for mesh in list(spec.meshes):
         if mesh.name == "hand_col":
@@ -127,10 +135,10 @@ def for_mjx(spec: mujoco.MjSpec) -> None:
     spec.add_numeric(name="max_contact_points", data=[MAX_CONTACTS], size=1)
 
 
-def place(geom: mujoco.MjsGeom, number: int, whole: mujoco.MjModel, row: int) -> bool:
+def place(geom: mujoco.MjsGeom, number: int) -> bool:
     """Gives the `number`-th colliding geom of a body its shape and its groups; whether it stays.
 
-    It is the geom `row` of `whole`, the model before all changes. What replaces it is added to its body.
+    What replaces it is added to its body.
     """
     body, name = geom.parent, geom.parent.name
     link = int(name[-1]) if name.startswith("panda0_link") else None
@@ -140,17 +148,10 @@ def place(geom: mujoco.MjsGeom, number: int, whole: mujoco.MjModel, row: int) ->
         geom.margin = MARGIN
         return touch(geom, FINGERS | FINGERTIPS * tip, 0)
     if link == 7 and number == 1:
-        box = added(body, BOX, HAND, 0)
-        centre, half = HAND_SHARE * whole.geom_aabb[row].reshape(2, 3)
-        turn = np.zeros(9)
-        mujoco.mju_quat2Mat(turn, whole.geom_quat[row])
-        box.pos, box.quat = whole.geom_pos[row] + turn.reshape(3, 3) @ centre, whole.geom_quat[row]
-        box.size = half
+        add_capsules(body, HAND_CAPSULES, HAND, 0)
         return touch(geom, HULL, 0)
     if link is not None:
-        for *ends, radius in LINKS.get(link, ()):
-            capsule = added(body, CAPSULE, *((ARM, 0) if link in FOREARM else (0, ARM)))
-            capsule.fromto, capsule.size[0] = ends, radius
+        add_capsules(body, LINKS.get(link, ()), *((ARM, 0) if link in FOREARM else (0, ARM)))
         return False
     if name == "kettleroot":
         if geom.type == BOX:
@@ -185,6 +186,13 @@ def added(body: mujoco.MjsBody, kind: mujoco.mjtGeom, groups: int, others: int) 
     geom = body.add_geom(type=kind, mass=0, group=3, condim=3, margin=0)
     touch(geom, groups, others)
     return geom
+
+
+def add_capsules(body: mujoco.MjsBody, capsules: tuple, groups: int, others: int) -> None:
+    """Adds capsules, each as two ends [3] and a radius, to `body`."""
+    for *ends, radius in capsules:
+        capsule = added(body, CAPSULE, groups, others)
+        capsule.fromto, capsule.size[0] = ends, radius
 
 
 def to_capsule(geom: mujoco.MjsGeom) -> None:
