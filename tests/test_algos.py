@@ -38,7 +38,6 @@ from ooo_rl.data.runs.program import Compiled
 
 REPO = pathlib.Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (REPO / "algos").glob("*.py") if p.stem != "__init__")
-DATASETS = ("kitchen",)  # families of settings that belong to data, not to an environment of ours
 DISCOUNTS = (0.8, 0.9)
 UNSEEN = ("reward is obs",)  # the probe that the data lack
 STEPS, CHUNK = 1_600, 80  # of each phase
@@ -130,8 +129,7 @@ def test_settings_of_families_are_settings_of_the_script(script):
     kinds, families = kinds_of(script), families_of(script)
     assert {"point-mass-wall", "probe"} <= families.keys()
     for family, found in families.items():
-        known = any(name.startswith(family) for name in envs.names()) or family.startswith(DATASETS)
-        assert known, f"{family} is a prefix of nothing"
+        assert any(name.startswith(family) for name in envs.names()), f"{family} is a prefix of nothing"
         for name, value in found.items():
             assert name in kinds, f"{family}: there is no setting {name}"
             assert name not in ("env", "hyper", "resume", "name"), (

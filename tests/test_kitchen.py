@@ -238,6 +238,38 @@ def test_bad_demonstrations_are_one_clear_error(tmp_path, recorded, quiet, chang
         recipes.load_demonstrations(str(tmp_path / "d.npz"), quiet[0])
 
 
+def test_pieces_of_demonstrations_make_new_episodes(tmp_path, recorded, monkeypatch):
+    """Four of six elements in a fixed order, all of them solved, never the four of the task mixed."""
+    env, path = envs.make("kitchen-mixed", "mujoco"), tmp_path / "demonstration.npz"
+    content = demonstrations(recorded)
+    done = np.arange(len(recorded["ctrl"]))[:, None] > recorded["completed"]  # before each step
+    for when, element in zip(done.T, kitchen.TASKS["complete"]):
+        first, goal = kitchen.ELEMENTS[element]
+        content["qpos"][:, first : first + len(goal)][when] = goal
+    np.savez(path, **content)
+    source = recipes.load_demonstrations(str(path), env)
+    ways = recipes.segments(env, source, np.random.default_rng(0))
+    assert [len(own) for own in ways.values()] == [1] * 6
+    lengths = [len(ways[element][0]) for element in kitchen.TASKS["complete"]]
+    assert np.cumsum(lengths).tolist() == (recorded["completed"] + 1 + recipes.AFTER).tolist()
+    np.testing.assert_array_equal(np.concatenate([ways[e][0] for e in kitchen.TASKS["complete"]]),
+                                  np.float32(recorded["ctrl"][: sum(lengths)]))  # fmt: skip
+    monkeypatch.setattr(recipes, "BATCH", 3)
+    made = recipes.recombined(env, 60, 0, [source])
+    assert sum(len(e["rewards"]) for e in made) == 60
+    whole = recipes.played(env, jax.random.PRNGKey(1), [recipes.plan(ways, recipes.ORDER[:2], recorded["ctrl"][0],
+                                                                    np.random.default_rng(0))])[0]  # fmt: skip
+    assert whole["rewards"][-1] == 2 and not whole["terminations"].any()
+
+
+def test_moves_are_slow_and_smooth():
+    begin, end = np.zeros(9), np.linspace(-1, 1, 9)
+    path = np.concatenate([begin[None], recipes.move(begin, end)])
+    np.testing.assert_allclose(path[-1], end)
+    step = np.abs(np.diff(path, axis=0)).max(1)
+    assert step.max() < 1.6 * recipes.PACE and step[0] < 0.4 * step.max() and step[-1] < 0.4 * step.max()
+
+
 def test_models_differ_where_they_say():
     shipped, d4rl, mjx = map(kitchen_model.load_model, ("shipped", "d4rl", "mjx"))
     same = (
