@@ -10,8 +10,10 @@ white random actions lead, from the start and from states of the demonstrations.
 `replay` plays the recorded controls of all demonstrations and counts the sub-tasks that they solve.
 """
 
+import functools
 import pathlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -106,19 +108,22 @@ def states(args: Args, theirs: Reference) -> dict[str, list[tuple]]:
     return kinds
 
 
-def one_steps(engine: str, found: list[tuple]) -> np.ndarray:
-    """The positions [N, 30] after one step of ours from each state."""
+@functools.cache
+def program(engine: str) -> Callable:
+    """The compiled function from 10 states to the positions [10, 30] after one step of ours."""
     physics, model = engine.split(":")
     env = envs.make("kitchen-complete", physics, model=model, noise=0)
-    dtype = jnp.zeros(()).dtype
 
     def step(qpos, qvel, action):
         return env.step(env.reset_to(qpos, qvel), action).pipeline_state.body.qpos
 
-    columns = [np.stack(column).astype(dtype) for column in zip(*found)]
-    program = jax.jit(jax.vmap(step), compiler_options=env.compiler_options)
-    width = 10
-    parts = [program(*(x[i : i + width] for x in columns)) for i in range(0, len(found), width)]
+    return jax.jit(jax.vmap(step), compiler_options=env.compiler_options)
+
+
+def one_steps(engine: str, found: list[tuple]) -> np.ndarray:
+    """The positions [N, 30] after one step of ours from each state."""
+    columns = [np.stack(column).astype(jnp.zeros(()).dtype) for column in zip(*found)]
+    parts = [program(engine)(*(x[i : i + 10] for x in columns)) for i in range(0, len(found), 10)]
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
 
