@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.data.datasets import write
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.recipes import kitchen as recipes
 from ooo_rl.envs import kitchen, kitchen_model, robotics
@@ -213,10 +212,8 @@ def test_demonstrations_become_data(tmp_path, recorded):
     exact = np.abs(action) < 0.999
     np.testing.assert_allclose(asked[exact], recorded["ctrl"][exact], atol=1e-5)
     assert exact.mean() > 0.9
-    assert [len(e["rewards"]) for e in recipes.human(env, 50, 0, [source])] == [50]
-    again = recipes.human(env, 0, 1, [source])[0]["observations"]
-    assert 0.002 < np.abs(again - obs)[0, :9].max() < 0.02  # another seed, other noise
-    write.write_minari("ooo/kitchen-test/human-v0", [played], description="one")
+    noise = np.abs(obs[0, :9] - recorded["qpos"][:9]).max()
+    assert 0.002 < noise < 0.011
 
 
 @pytest.mark.parametrize(

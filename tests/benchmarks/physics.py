@@ -93,8 +93,8 @@ class Args:
     engines: tuple[str, ...] = ("mujoco", "mjx") + (
         ("mjx-warp",) if not ON_CPU and importlib.util.find_spec("warp") else ()
     )
-    """engines behind our environments, or engine:model of a hand or the kitchen, such as mujoco:mjx; Maze2D has none and is
-    measured once"""
+    """engines behind our environments, or engine:model of a hand or the kitchen, such as mujoco:mjx; Maze2D
+    has none and is measured once"""
     worlds: tuple[int, ...] = (1, 8, 64, 256) if ON_CPU else (1, 8, 64, 256, 1024, 4096, 16384)
     """worlds side by side"""
     mjx_worlds: tuple[int, ...] | None = (8,) if ON_CPU else None
