@@ -15,7 +15,8 @@ from ooo_rl.envs.kitchen import ELEMENTS, JOINTS, SOLVED, SPEED, TASKS, Kitchen
 
 LARGEST = 0.999  # D4RL clips the actions of its demonstrations to +-0.999
 ORDER = ("microwave", "kettle", "bottom burner", "top burner", "light switch", "slide cabinet")
-AFTER = 8  # steps that a segment goes on after its sub-task is solved
+# Element -> steps that a segment goes on after its sub-task is solved: until the hand has let go of the kettle.
+AFTER = {"kettle": 28, **dict.fromkeys(("microwave", "light switch", "slide cabinet"), 8)}
 PACE = 0.07  # mean speed of the fastest joint between two segments, in rad per step
 BATCH = 64  # episodes that are played at once
 
@@ -132,7 +133,7 @@ def segments(env: Kitchen, source: Demonstrations, rng: np.random.Generator) -> 
             reached = solved(qpos, element)
             if not reached.any():  # what follows begins elsewhere than where the others do
                 break
-            end = min(int(np.argmax(reached)) + AFTER, len(controls))
+            end = min(int(np.argmax(reached)) + AFTER[element], len(controls))
             found[element].append(controls[begin:end])
             begin = end
     for element in knobs.KNOBS:
