@@ -252,8 +252,9 @@ def dumping(options: dict) -> Iterator[pathlib.Path]:
     compile_it = jax.stages.Lowered.compile
     with tempfile.TemporaryDirectory() as folder:
 
-        def compile_and_dump(self):
-            return compile_it(self, compiler_options={**options, "xla_dump_to": folder})
+        def compile_and_dump(self, compiler_options=None):
+            all_options = {**(compiler_options or {}), **options, "xla_dump_to": folder}
+            return compile_it(self, compiler_options=all_options)
 
         with mock.patch.object(jax.stages.Lowered, "compile", compile_and_dump):
             yield pathlib.Path(folder)
