@@ -9,7 +9,7 @@ import pytest
 from ooo_rl import envs
 from ooo_rl.algos import iql, ooo_iql, rlpd
 from ooo_rl.data.runs import program, settings, worlds
-from ooo_rl.envs.engines import estimates
+from ooo_rl.envs import estimates
 
 
 @pytest.fixture

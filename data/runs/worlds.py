@@ -15,7 +15,7 @@ from ooo_rl import envs
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.plan import Phase, cut
 from ooo_rl.data.runs.sweep import grid
-from ooo_rl.envs.engines import estimates
+from ooo_rl.envs import estimates
 
 FEW = 8  # environments per seed where more of them take more time
 MOST = 1_024  # environments of all seeds together that a GPU steps in about the time of one
