@@ -1,34 +1,40 @@
 """What a step of all worlds costs on a GPU and on the host's cores: estimates, which no GPU has confirmed.
 
-docs/physics.md says where each number is from, and has the command that measures them where a GPU is.
+docs/physics.md has them in a table, and the command that measures them where a GPU is.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 LEVEL = 1_024  # worlds up to which a step on a GPU takes the same time
-UPDATE_MS = 0.15, 0.45  # a gradient step of IQL, 256 units: of one seed in the best case, of 16 in the worst
+LAUNCH_US = 1.4, 2.9  # least time of a launch inside a CUDA graph, assumed: docs/speed.md
+UPDATE_MS = 0.15, 0.45  # a gradient step of IQL, 256 units: one seed in the best case, 16 in the worst
 
 
 @dataclass(frozen=True)
 class Cost:
-    """us: the least and the most that MJX takes for a step on an H100. rate: steps/s of C MuJoCo on a core."""
+    """launches: of an environment step of 64 worlds on MJX, counted by tests/benchmarks/gpu_cost.py.
 
-    us: tuple[float, float]
+    rate: environment steps/s of C MuJoCo on one core of an AMD EPYC, measured: docs/physics.md.
+    """
+
+    launches: int
     rate: float
 
     def mjx_ms(self, worlds: int) -> tuple[float, float]:
-        """Milliseconds of a step of so many worlds on a GPU: (least, most)."""
-        times = max(1.0, worlds / LEVEL)
-        return self.us[0] * times / 1e3, self.us[1] * times / 1e3
+        """Milliseconds of a step of so many worlds on an H100: (least, most)."""
+        times = max(1.0, worlds / LEVEL) * self.launches / 1e3
+        return LAUNCH_US[0] * times, LAUNCH_US[1] * times
 
     def mujoco_ms(self, worlds: int, cores: int) -> float:
         """Milliseconds of a step of so many worlds on the cores of a host, without the call's own cost."""
         return 1e3 * worlds / (self.rate * min(cores, worlds))
 
 
-# By class of task. Steps/s of the bare C engine with one world: docs/physics.md, "Speed".
-COSTS = {}
+COSTS = {  # by class of task
+    "HalfCheetah": Cost(2_461, 39_400),
+    "Hopper": Cost(6_870, 16_294),
+}
 
 
 def of(env: Any) -> Cost | None:

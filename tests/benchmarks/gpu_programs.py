@@ -282,8 +282,8 @@ def cost(program: Program, card: Card, loops: tuple[int, ...]) -> Cost:
         seconds, thunks = time.perf_counter() - began, parse(*texts(folder))
     counting = Counting(instructions(compiled.as_text()), loops, card.speed)
     whole = counting.count(thunks)
-    main, steps = counting.main_loop(thunks) or (None, 1)
-    step = whole if main is None else counting.count(main.parts["body"])
+    main, steps, graph = counting.main_loop(thunks) or (None, 1, False)
+    step = whole if main is None else counting.count(main.parts["body"], graph)
     if 2 * steps * step["launches"] <= whole["launches"]:
         step, steps = whole, 1
     if program.length and steps != program.length:
