@@ -88,10 +88,10 @@ def ooo():
 def check_program(state, act, arguments, traces):
     assert sorted(traces) == sorted(set(traces)), "a chunk of known length was traced again"
     memory = act.program(*arguments[:3], jnp.int32(arguments[3]), length=10).memory_analysis()
-    ring = len(state.key) * CAPACITY * ROW_BYTES
-    one_run = ring / len(state.key)  # the run whose turn it is, if there are several
-    assert memory.temp_size_in_bytes < ring / 4 + (one_run if len(state.key) > 1 else 0)
-    assert memory.alias_size_in_bytes >= ring
+    places, one_run = len(state.key) // act.mesh.size, CAPACITY * ROW_BYTES  # of a device
+    in_turn = one_run if places > 1 else 0  # the run whose turn it is
+    assert memory.temp_size_in_bytes < places * one_run / 4 + in_turn
+    assert memory.alias_size_in_bytes >= places * one_run
 
 
 def test_equal_chunks_are_traced_once_and_no_chunk_copies_the_buffer(ooo):
