@@ -156,7 +156,7 @@ class Ours:
         )
         self.worlds, self.length, self.key = worlds, length, jax.random.PRNGKey(1)
         self.state = jax.jit(jax.vmap(self.env.reset))(jax.random.split(jax.random.PRNGKey(0), worlds))
-        self.options = getattr(self.env, "compiler_options", None)
+        self.options = self.env.compiler_options
         self.program, began = jax.jit(self._pass, compiler_options=self.options), time.perf_counter()
         self.program.lower(self.state, self.key).compile()  # the calls find this program
         self.compile_seconds, self.recompilations = time.perf_counter() - began, 0
