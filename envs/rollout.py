@@ -16,8 +16,8 @@ def rollout(
     Each episode ends when it is done, or after `env.horizon` steps. `policy` maps observations [E, obs] to
     actions [E, act]. Returns arrays [E]: `success` (0/1, solved at any step), `return` (undiscounted) and
     `length` (steps); also `solved`, the largest number of solved sub-tasks, if the task counts them. With
-    `record` it also returns `obs` [E, horizon + 1, obs]; after the end of an episode,
-    its last observation is repeated.
+    `record` it also returns `obs` [E, horizon + 1, obs]; after the end of an episode, its last observation
+    is repeated.
     """
     state = jax.vmap(env.reset)(jax.random.split(key, num_episodes))
     reached_once = [name for name in ("success", "solved") if name in state.metrics]

@@ -215,16 +215,9 @@ def _of_hand(task: str, rows: int) -> dict[str, Recipe]:
 def _binary(task: str) -> Recipe:
     """The recipe of AWAC's and OOO's data for a task that rewards only success."""
     about = "Demonstrations, and 500 roll-outs of a policy cloned from them (AWAC, OOO)"
-    env = f"{task}-binary"
-    return Recipe(
-        env,
-        mixed,
-        500 * CLONED_STEPS,
-        about,
-        also=(f"{env}-ending",),
-        demonstrations="any",
-        read=load_demonstrations,
-    )
+    env, rows = f"{task}-binary", 500 * CLONED_STEPS
+    also, read = (f"{env}-ending",), load_demonstrations
+    return Recipe(env, mixed, rows, about, also=also, demonstrations="any", read=read)
 
 
 RECIPES = {name: recipe for task, rows in HANDS.items() for name, recipe in _of_hand(task, rows).items()}

@@ -15,7 +15,7 @@ from ooo_rl.envs.kitchen import ELEMENTS, JOINTS, SOLVED, SPEED, TASKS, Kitchen
 
 LARGEST = 0.999  # D4RL clips the actions of its demonstrations to +-0.999
 ORDER = ("microwave", "kettle", "bottom burner", "top burner", "light switch", "slide cabinet")
-# Element -> steps that a segment goes on after its sub-task is solved: until the hand has let go of the kettle.
+# Element -> steps that a segment goes on after its sub-task is solved. The kettle must be let go of.
 AFTER = {"kettle": 28, **dict.fromkeys(("microwave", "light switch", "slide cabinet"), 8)}
 PACE = 0.07  # mean speed of the fastest joint between two segments, in rad per step
 BATCH = 64  # episodes that are played at once

@@ -7,7 +7,8 @@ The reference is C MuJoCo with gymnasium-robotics' XML file, stepped by code tha
 and contact margins are set here as well. `parity` takes one step of the environment from states of three
 kinds: those of the demonstrations, with N(0, 0.3^2) added to their actions, and those to which smooth or
 white random actions lead, from the start and from states of the demonstrations. Sensors have no noise there.
-`replay` plays the recorded controls of all demonstrations and counts the sub-tasks that they solve.
+`replay` plays the recorded controls of all demonstrations and counts the sub-tasks that they solve. `draw`
+draws a demonstration, and below it an episode made of pieces, in which the scripted expert turns both knobs.
 """
 
 import functools
@@ -24,6 +25,7 @@ import numpy as np
 import tyro
 
 from ooo_rl import envs
+from ooo_rl.data.figures import render
 from ooo_rl.data.recipes import kitchen as recipes
 from ooo_rl.envs import robotics
 
@@ -36,8 +38,8 @@ HIGH = np.array([2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04])
 class Args:
     """Compares the kitchen with C MuJoCo, and replays human demonstrations in it."""
 
-    what: Annotated[Literal["parity", "replay"], tyro.conf.Positional]
-    """what to measure"""
+    what: Annotated[Literal["parity", "replay", "draw"], tyro.conf.Positional]
+    """what to do"""
     engines: tuple[str, ...] = ("mujoco:d4rl", "mujoco:mjx", "mjx:mjx")
     """engine:model pairs of ours"""
     demonstrations: pathlib.Path = RAW / "kitchen_complete_human.npz"
@@ -50,6 +52,8 @@ class Args:
     """bits of JAX's floating-point numbers: 32 or 64"""
     seed: int = 0
     """seed of states, actions and noise"""
+    out: pathlib.Path = pathlib.Path("kitchen.png")
+    """file of the drawing"""
 
 
 class Reference:
@@ -177,7 +181,22 @@ def replay(args: Args) -> None:
         )
 
 
+def draw_episodes(args: Args) -> None:
+    env, rng = envs.make("kitchen-complete", "mujoco"), np.random.default_rng(args.seed)
+    source = recipes.load_demonstrations(str(args.demonstrations), env)
+    ways, home = recipes.segments(env, source, rng), source.controls[0][0]
+    order = ("kettle", "bottom burner", "top burner", "slide cabinet")
+    key, planned = jax.random.PRNGKey(args.seed), [recipes.plan(ways, order, home, rng)]
+    shown = [recipes.replays(env, source, key)[0], recipes.played(env, key, planned)[0]]
+    rows = []
+    for played in shown:
+        track = render.Track(played["observations"][:, :30], None)
+        which = np.linspace(0, len(track.places) - 1, 6).astype(int)
+        rows.append(list(render.draw(env, track, which, 240, 180)))
+    render.write_strip(args.out, rows)
+
+
 if __name__ == "__main__":
     given = tyro.cli(Args)
     jax.config.update("jax_enable_x64", given.precision == 64)
-    {"parity": parity, "replay": replay}[given.what](given)
+    {"parity": parity, "replay": replay, "draw": draw_episodes}[given.what](given)
