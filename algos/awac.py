@@ -183,7 +183,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     next_action = act(nets, actor, batch.next_obs, next_key)
     next_q = nets.critic.apply(agent.target_critic, batch.next_obs, next_action).min(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.minimum(task_reward + hyper.discount * batch.discount * next_q, hyper.target_max)
+    target_q = jnp.minimum(task_reward + hyper.discount * hyper.continues(batch) * next_q, hyper.target_max)
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
@@ -318,7 +318,7 @@ FAMILIES = {
         target_rate=0.05, beta=0.05, batch_size=256, offline_steps=0, online_steps=3_000,
         learning_starts=160),
     ("antmaze", "maze2d"): dict(reward_bias=-1),
-    "kitchen": dict(reward_bias=-4),
+    "kitchen": dict(reward_bias=-4, end_reward=4),
     ("door-binary", "pen-binary", "relocate-binary"): dict(
         hidden=(256, 256), beta=0.5, max_advantage=0.5, target_max=0, value_action="mean",
         offline_steps=25_000),

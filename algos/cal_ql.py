@@ -255,7 +255,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Rows, key: jax.Arr
     next_v = jnp.take_along_axis(next_q, best, axis=0)[0]
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * batch.discount * next_v
+    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
     target_q = jnp.clip(target_q, hyper.target_min, hyper.target_max)
     candidates = draw_candidates(static, agent.actor.params, batch, candidate_key)
     # The least that Q counts for at each candidate: R(s), for uniform ones if asked; none for the data's own.
@@ -435,7 +435,7 @@ FAMILIES = {
     "maze2d-large-missing-data": dict(calibrate_random=True, target_min=-500, target_max=600),
     "kitchen": dict(
         hidden=(512, 512, 512), critic_hidden=(512, 512, 512), importance_sampling=False, reward_bias=-5,
-        offline_ratio=0.25, offline_steps=500_000, calibrate_random=True, target_max=50),
+        end_reward=jnp.inf, offline_ratio=0.25, offline_steps=500_000, calibrate_random=True, target_max=50),
     "kitchen-complete": dict(online_steps=4_000_000),
     ("door", "pen", "relocate"): HAND,
     ("door-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),

@@ -181,7 +181,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * batch.discount * next_v
+    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
@@ -311,7 +311,8 @@ FAMILIES = {
     "antmaze-large-goal-missing": dict(offline_steps=500_000),
     "maze2d": dict(
         expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000, online_steps=500_000),
-    "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4),
+    "kitchen": dict(
+        expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4, end_reward=4, online_steps=4_000_000),
     ("hammer", "door", "pen", "relocate"): dict(expectile=0.7, temperature=0.5, dropout=0.1),
     ("door-binary", "pen-binary", "relocate-binary"): dict(
         expectile=0.8, temperature=3, offline_steps=25_000),

@@ -266,7 +266,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Rows, bonus, q_bou
     target_critics = partial(nets.critic.apply, agent.target_critic, batch.next_obs)
     next_v = jax.vmap(target_critics)(next_action).min(axis=1).max(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
+    target_q = jnp.clip(task_reward + hyper.discount * hyper.continues(batch) * next_v, *q_bounds) + bonus
     candidates = draw_candidates(static, agent.actor.params, batch, candidate_key)
     # The least that Q counts for at each candidate: R(s), for uniform ones if asked; none for the data's own.
     free, n = jnp.full_like(batch.mc_return, -jnp.inf), args.num_samples
@@ -529,7 +529,7 @@ def train(args: Args) -> Result:
 
 
 # The settings of OOO's and Cal-QL's code by environment family; those of the point mass are ours.
-MAZE = dict(critic_hidden=(256,) * 4, lagrange=True, reward_scale=10, reward_bias=-5)
+MAZE = dict(critic_hidden=(256,) * 4, lagrange=True, reward_scale=10, reward_bias=-5, intrinsic_coef=10)
 HAND = dict(hidden=(512, 512), critic_hidden=(512, 512, 512), cql_weight=1, offline_steps=20_000)
 FAMILIES = {
     "point-mass-wall": dict(
@@ -542,13 +542,13 @@ FAMILIES = {
         critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, entropy_per_action=-3, cql_weight=0.01,
         num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
-    "antmaze": dict(**MAZE, intrinsic_coef=50, online_steps=2_000_000),
-    "maze2d": dict(
-        **MAZE, offline_steps=500_000, target_min=-500, target_max=600, intrinsic_coef=10, upsample=1 / 8),
+    "antmaze": {**MAZE, "intrinsic_coef": 50, "online_steps": 2_000_000},
+    "maze2d": dict(**MAZE, offline_steps=500_000, target_min=-500, target_max=600, upsample=1 / 8),
     "kitchen": dict(
-        hidden=(512,) * 3, critic_hidden=(512,) * 3, importance_sampling=False, reward_bias=-5, target_max=50,
-        offline_ratio=0.25, offline_steps=500_000, intrinsic_coef=10, retrain_bias=1, retrain_ratio=0.25),
-    "kitchen-complete": dict(online_steps=4_000_000, retrain_critic_hidden=(256, 256, 256)),
+        hidden=(512,) * 3, critic_hidden=(512,) * 3, importance_sampling=False, end_reward=jnp.inf,
+        reward_bias=-5, target_max=50, offline_ratio=0.25, offline_steps=500_000, intrinsic_coef=10,
+        retrain_bias=1, retrain_ratio=0.25),
+    "kitchen-complete": dict(online_steps=4_000_000, retrain_critic_hidden=(256,) * 3),
     ("door", "pen", "relocate"): dict(**HAND, retrain_steps=500_000, retrain_ratio=0.5),
     ("door-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
     "pen-binary": dict(reward_scale=10, reward_bias=5, online_steps=200_000),

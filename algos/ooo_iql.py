@@ -200,7 +200,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
+    target_q = jnp.clip(task_reward + hyper.discount * hyper.continues(batch) * next_v, *q_bounds) + bonus
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
@@ -458,8 +458,8 @@ FAMILIES = {
         online_steps=1_500_000),
     "maze2d": dict(expectile=0.9, temperature=3, intrinsic_coef=10, reward_bias=-1, online_steps=500_000),
     "kitchen": dict(
-        expectile=0.7, temperature=0.5, dropout=0.1, intrinsic_coef=10, reward_bias=-4, upsample=8 / 256,
-        offline_steps=1_000_000, online_steps=4_000_000),
+        expectile=0.7, temperature=0.5, dropout=0.1, intrinsic_coef=10, reward_bias=-4, end_reward=4,
+        upsample=8 / 256, offline_steps=1_000_000, online_steps=4_000_000),
     "hammer": dict(expectile=0.8, temperature=3, offline_steps=50_000, online_steps=500_000),
     ("door", "pen", "relocate"): dict(expectile=0.8, temperature=3, dropout=0.1, offline_steps=25_000),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ def recorded():
         return {key: file[key] for key in file.files}
 
 
-def demonstrations(recorded, path="demonstration.npz"):
+def demonstrations(recorded):
+    """The content of a file with this one episode. Only its first positions and velocities are those."""
     rows = len(recorded["ctrl"])
     qpos, qvel = (np.repeat(recorded[key][None], rows, 0) for key in ("qpos", "qvel"))
     return {"qpos": qpos, "qvel": qvel, "ctrl": recorded["ctrl"], "episode_ends": np.array([rows])}
@@ -116,11 +118,11 @@ def test_controls_start_from_what_is_observed():
     )
 
 
-def at(**elements):
-    """The start with some elements at their goals; the slide cabinet's door half open if it is named."""
+def at(*elements):
+    """The start, with some elements at their goals."""
     qpos = kitchen.START.copy()
     for name in elements:
-        first, goal = kitchen.ELEMENTS[name.replace("_", " ")]
+        first, goal = kitchen.ELEMENTS[name]
         qpos[first : first + len(goal)] = goal
     return qpos
 
@@ -131,14 +133,14 @@ def test_each_sub_task_counts_once(quiet):
     ours, upstream = quiet[0], envs.make("kitchen-complete-d4rl", "mujoco", noise=0)
     assert (ours.horizon, upstream.horizon) == (1000, 280)
     theirs_step = jax.jit(upstream.step)
-    state = reset_to(at(microwave=1), np.zeros(29))
+    state = reset_to(at("microwave"), np.zeros(29))
     assert state.metrics["solved"] == 0  # a reward belongs to a step
     for following, solved in (
-        (at(microwave=1), 1),
+        (at("microwave"), 1),
         (at(), 1),
-        (at(slide_cabinet=1, light_switch=1), 3),
-        (at(microwave=1), 3),
-        (at(kettle=1, light_switch=1), 4),
+        (at("slide cabinet", "light switch"), 3),
+        (at("microwave"), 3),
+        (at("kettle", "light switch"), 4),
         (at(), 4),
     ):
         body = ours.put(following, np.zeros(29))
@@ -167,7 +169,7 @@ def test_an_element_is_solved_within_its_radius(quiet):
 def test_a_rollout_counts_what_was_solved(quiet):
     """Solved at any step; the score is 25 for each."""
     env, _, reset_to, _ = quiet
-    opened = reset_to(at(microwave=1, kettle=1), np.zeros(29)).pipeline_state
+    opened = reset_to(at("microwave", "kettle"), np.zeros(29)).pipeline_state
 
     class Open(kitchen.Kitchen):
         def start(self, key):
@@ -177,6 +179,23 @@ def test_a_rollout_counts_what_was_solved(quiet):
     tally = jax.jit(lambda key: rollout(env, lambda obs: jnp.zeros((2, 9)), key, 2))(jax.random.PRNGKey(0))
     assert tally["solved"].tolist() == [2, 2] and tally["return"].tolist() == [6, 6]
     assert tally["success"].tolist() == [0, 0] and tally["length"].tolist() == [3, 3]
+
+
+METHODS = ("awac", "cal_ql", "cql", "iql", "jsrl", "ooo_cal_ql", "ooo_iql", "pex", "td3", "td3_bc")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["kitchen-partial", "kitchen-mixed-d4rl"])
+def test_in_no_method_an_early_end_pays(method, task):
+    """Rewards are 0 to 4, scaled to 0 at most; a return ends only where nothing but 0 could follow.
+
+    It does so whatever data say, such as D4RL's, in which each demonstration ends by a termination.
+    """
+    hyper = importlib.import_module(f"ooo_rl.algos.{method}").Args(env=task).hyper
+    for stored in (0.0, 1.0):
+        rows = SimpleNamespace(reward=jnp.arange(5.0), discount=jnp.full(5, stored))
+        worth = hyper.reward_scale * rows.reward + hyper.reward_bias
+        assert (worth <= 0).all() and ((hyper.continues(rows) == 1) | (worth == 0)).all()
 
 
 # --- demonstrations and models ---

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import tyro
 from flax import struct
 
@@ -76,6 +78,14 @@ class Traced:
     """task rewards are multiplied by this"""
     reward_bias: Number = 0.0
     """and this is added"""
+    end_reward: Number = -float("inf")
+    """rows that pay at least this much, before scaling, end the return, and no others do (inf: none);
+    -inf: it ends where the data and the environment say"""
+
+    def continues(self, rows: Any) -> jax.Array:
+        """1 where the return goes on after a row, else 0, for `rows` with reward and discount [...]."""
+        by_reward = jnp.asarray(rows.reward < self.end_reward, rows.discount.dtype)
+        return jnp.where(self.end_reward > -jnp.inf, by_reward, rows.discount)
 
 
 @dataclass(frozen=True)
