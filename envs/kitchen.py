@@ -112,7 +112,8 @@ class Kitchen(PhysicsTask):
         if horizon < 1 or not 0 <= noise < np.inf:
             raise ValueError(f"horizon is at least 1 and noise at least 0, got {horizon} and {noise}")
         kind = ("d4rl" if resolve(physics) == "mujoco" else "mjx") if model == "auto" else model
-        self.reward, self.horizon, self.end_at_success, self.noise = reward, horizon, end_at_success, noise
+        self.task, self.reward, self.noise = task, reward, noise
+        self.horizon, self.end_at_success = horizon, end_at_success
         self.elements = [
             (slice(first, first + len(goal)), np.array(goal))
             for first, goal in (ELEMENTS[name] for name in TASKS[task])

@@ -274,9 +274,30 @@ def test_pieces_of_demonstrations_make_new_episodes(tmp_path, recorded, monkeypa
     monkeypatch.setattr(recipes, "BATCH", 3)
     made = recipes.recombined(env, 60, 0, [source])
     assert sum(len(e["rewards"]) for e in made) == 60
-    whole = recipes.played(env, jax.random.PRNGKey(1), [recipes.plan(ways, recipes.ORDER[:2], recorded["ctrl"][0],
-                                                                    np.random.default_rng(0))])[0]  # fmt: skip
+    planned = recipes.plan(ways, recipes.ORDER[:2], recorded["ctrl"][0], np.random.default_rng(0))
+    (whole,) = recipes.played(env, jax.random.PRNGKey(1), [planned])
     assert whole["rewards"][-1] == 2 and not whole["terminations"].any()
+    content["qpos"][:, 17:20] = 0  # no light, no cabinet
+    np.savez(path, **content)
+    source = recipes.load_demonstrations(str(path), env)
+    with pytest.raises(ValueError, match=r"demonstration.npz: no episode solves light switch, slide cabinet"):
+        recipes.segments(env, source, np.random.default_rng(0))
+
+
+def test_an_episode_counts_if_it_went_as_planned():
+    """It never solves the whole task by chance, such as mixed, whose four elements are never planned."""
+    mixed, partial = (envs.make(f"kitchen-{task}", "mujoco") for task in ("mixed", "partial"))
+    whole, other = kitchen.TASKS["partial"], ("kettle", "bottom burner", "light switch", "slide cabinet")
+    for env, order, reached, reward, expected in (
+        (partial, whole, whole, 4, True),
+        (partial, whole, whole[:3], 3, False),
+        (partial, other, other, 3, True),
+        (partial, other, other, 4, False),
+        (mixed, whole, whole, 3, True),
+        (mixed, whole, whole, 4, False),
+    ):
+        made = {"observations": np.stack([kitchen.START, at(*reached)]), "rewards": np.array([reward])}
+        assert recipes.as_planned(env, made, order) == expected
 
 
 def test_moves_are_slow_and_smooth():

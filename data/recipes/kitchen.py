@@ -124,7 +124,7 @@ def segments(env: Kitchen, source: Demonstrations, rng: np.random.Generator) -> 
     """Element -> recorded ways to bring it to its goal, as controls [T, 9].
 
     Demonstrations are cut a little after each sub-task is solved. The scripted expert turns the knobs, as
-    often as there are demonstrations.
+    often as there are demonstrations. Raises ValueError if no demonstration solves one of the others.
     """
     found: dict[str, list[np.ndarray]] = {name: [] for name in ORDER}
     for qpos, controls in zip(source.qpos, source.controls):
@@ -136,6 +136,8 @@ def segments(env: Kitchen, source: Demonstrations, rng: np.random.Generator) -> 
             end = min(int(np.argmax(reached)) + AFTER[element], len(controls))
             found[element].append(controls[begin:end])
             begin = end
+    if missing := [name for name in TASKS["complete"] if not found[name]]:
+        raise ValueError(f"{source.path}: no episode solves {', '.join(missing)}, from which to take pieces")
     for element in knobs.KNOBS:
         while len(found[element]) < len(source):
             turned = knobs.turn(env, element, rng)
@@ -161,10 +163,18 @@ def plan(ways: dict[str, list[np.ndarray]], order: tuple, home: np.ndarray, rng:
     return np.concatenate(parts)
 
 
+def as_planned(env: Kitchen, whole: dict, order: tuple) -> bool:
+    """Whether an episode solves all elements of `order`, and its whole task only if that was the plan."""
+    positions = whole["observations"][1:, :30]
+    by_chance = whole["rewards"][-1] == len(order) and {*order} != {*TASKS[env.task]}
+    return all(solved(positions, element).any() for element in order) and not by_chance
+
+
 def recombined(env: Kitchen, transitions: int, seed: int, sources: list[Demonstrations]) -> list[dict]:
     """Episodes that solve four of the elements of `ORDER`, in this order, like relay policy learning's data.
 
-    Any four are as likely as others, but never those of the task mixed. What does not succeed is left out.
+    Any four are as likely to be planned as others, but never those of the task mixed. What does not go as
+    planned is left out.
     """
     rng, key, kept = np.random.default_rng(seed), jax.random.PRNGKey(seed), []
     ways, home = segments(env, sources[0], rng), sources[0].controls[0][0]
@@ -172,10 +182,8 @@ def recombined(env: Kitchen, transitions: int, seed: int, sources: list[Demonstr
     while sum(len(whole["rewards"]) for whole in kept) < transitions:
         chosen = [orders[number] for number in rng.integers(len(orders), size=BATCH)]
         key, now = jax.random.split(key)
-        for order, whole in zip(chosen, played(env, now, [plan(ways, order, home, rng) for order in chosen])):
-            positions = whole["observations"][1:, :30]
-            if all(solved(positions, element).any() for element in order):
-                kept.append(whole)
+        made = played(env, now, [plan(ways, order, home, rng) for order in chosen])
+        kept += [whole for order, whole in zip(chosen, made) if as_planned(env, whole, order)]
     return cut_to(kept, transitions)
 
 
