@@ -12,9 +12,9 @@ kitchen-complete       "cumulative": sub-tasks solved so far, 0-4  1,000    neve
 kitchen-complete-d4rl  "new": sub-tasks solved in this step        280      when all four are solved
 =====================  ==========================================  =======  =========================
 
-The first is the variant of D4RL that Cal-QL and OOO use (nakamotoo/d4rl at d234792). The rewards in D4RL's
-data are cumulative, too. In both variants the score is 25 for each solved sub-task. The same two exist for
-kitchen-partial and kitchen-mixed.
+The first is the variant of D4RL that Cal-QL and OOO use (nakamotoo/d4rl at d234792). Rewards in D4RL's data
+are like it: the number of elements that are at their goals. In both variants the score is 25 for each solved
+sub-task. The same two exist for kitchen-partial and kitchen-mixed.
 """
 
 import jax
