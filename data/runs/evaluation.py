@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.program import Compiled
+from ooo_rl.data.runs import processes
+from ooo_rl.data.runs.program import RUNS, Compiled, place, real
 from ooo_rl.envs.base import Env
 from ooo_rl.envs.rollout import rollout
 
@@ -45,7 +46,8 @@ class Evaluator:
 
     def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):
         self.args, self.env = args, env
-        self.act = Compiled(act, mesh)
+        own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        self.act = Compiled(act, Mesh(own, ("runs",)))
 
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
@@ -69,14 +71,19 @@ class Evaluator:
         position[np.arange(position.shape[2]) > tally["length"][..., None]] = np.nan
         return position
 
-    def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, np.ndarray]:
+    def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, Any]:
         if not self.args.eval_env:
-            return jax.device_get(self.rollout(actors, keys, record=record))
-        place = keys.sharding
+            return self.rollout(actors, keys, record=record)
+        if processes.are_several():  # each plays all episodes: none can then wait for another's step
+            actors = place(real(actors, len(keys)), self.act.mesh, RUNS)
+        places = NamedSharding(self.act.mesh, RUNS)
+        num_policies = len(jax.tree.leaves(actors)[0])
 
         def act(obs: np.ndarray) -> np.ndarray:
-            return np.asarray(self.act(actors, jax.device_put(np.float32(obs), place)))
+            return np.asarray(self.act(actors, jax.device_put(np.float32(obs), places)))
 
         from ooo_rl.envs import gymnasium_eval
 
-        return gymnasium_eval.evaluate(self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, len(keys))
+        return gymnasium_eval.evaluate(
+            self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, num_policies
+        )

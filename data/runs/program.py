@@ -1,9 +1,9 @@
 """Turns the function of one run into one compiled program for all runs.
 
-Runs are seeds and swept values. They are spread over the devices: each device holds equally many. On an
-accelerator a device computes its runs at once (`vmap`). On a CPU each core is a device, and computes its runs
-in turn: more at once would only push one another out of its caches. A run then has the same bits whatever
-runs are beside it. A function that calls the host (the C engine) gets all runs of a device at once there too,
+Runs are seeds and swept values. They are spread over the devices, those of all processes if there are
+several (`processes`): each device holds equally many. On an accelerator a device computes its runs at once
+(`vmap`). On a CPU each core is a device, and computes its runs in turn: more at once would only push one
+another out of its caches. A run then has the same bits whatever runs are beside it. A function that calls the host (the C engine) gets all runs of a device at once there too,
 because one call for many worlds costs less than many calls.
 """
 
@@ -16,20 +16,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ooo_rl.data.modes import usual_promotion
+from ooo_rl.data.runs import processes
 
 RUNS, EVERYWHERE = PartitionSpec("runs"), PartitionSpec()
 SHARED = ("offline", "truncation", "added")  # names of the arguments that are the same for all runs
 
 
 def mesh_for(num_runs: int, devices: list | None = None) -> Mesh:
-    """As many of the `devices` (all that are visible) as are needed, if each holds equally many runs."""
-    devices = jax.devices() if devices is None else devices
+    """As many of the `devices` (all that are visible) as are needed, if each holds equally many runs.
+
+    Each process has one of them at least, because all take part in every program.
+    """
+    devices = processes.in_turn(jax.devices() if devices is None else devices)
     per_device = math.ceil(num_runs / len(devices))
-    return Mesh(devices[: math.ceil(num_runs / per_device)], ("runs",))
+    needed = max(math.ceil(num_runs / per_device), len({device.process_index for device in devices}))
+    return Mesh(devices[:needed], ("runs",))
 
 
 def place(tree, mesh: Mesh, spec: PartitionSpec):
@@ -39,7 +45,16 @@ def place(tree, mesh: Mesh, spec: PartitionSpec):
     """
     if spec == RUNS:
         tree = jax.tree.map(lambda x: filled(x, mesh.size), tree)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    sharding = NamedSharding(mesh, spec)
+    if not processes.are_several():
+        return jax.device_put(tree, sharding)
+
+    def part(x):  # each process has all of `x`, and gives its own devices what is theirs
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x  # it is in its place already
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(part, tree)
 
 
 def filled(x: jax.Array, size: int) -> jax.Array:
@@ -49,8 +64,13 @@ def filled(x: jax.Array, size: int) -> jax.Array:
 
 
 def real(tree, num_runs: int):
-    """`tree` [places, ...] on the host, without the copies that fill the devices: [runs, ...]."""
-    return jax.tree.map(lambda x: x[:num_runs], jax.device_get(tree))
+    """`tree` [places, ...] on the host, without the copies that fill the devices: [runs, ...].
+
+    Of several processes each has all of it, so each must ask. An array at a time then passes, whole, through
+    the memory of every device.
+    """
+    tree = jax.tree.map(processes.on_host, tree) if processes.are_several() else jax.device_get(tree)
+    return jax.tree.map(lambda x: x[:num_runs], tree)
 
 
 def at_once(function: Callable, axes: tuple[int | None, ...]) -> Callable:

@@ -27,6 +27,7 @@ from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
+from ooo_rl.data.runs import processes
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
@@ -145,14 +146,18 @@ class Experiment(metaclass=InForce):
 def launch(args_type: type, train: Callable[[Any], Any]) -> None:
     """A script's command: settings from the command line, then `train`.
 
-    An error that the user can mend is one line.
+    An error that the user can mend is one line. Started several times over, it is one experiment: see
+    `processes`.
     """
 
     def main() -> None:
         check_xla_flags()
         use_float32()
         use_all_cores()
-        train(parse(args_type))
+        processes.join()
+        with processes.together():
+            args = parse(args_type)
+        train(args)
 
     guarded(main)
 

@@ -1,0 +1,158 @@
+"""Several processes, on one machine or on many, that run one experiment together.
+
+All of them run the same script. JAX connects them (`jax.distributed`), and the runs are spread over the
+devices of all. Process 0 alone prints and writes; the others need to see the folder that it writes, because
+each reads and writes its part of a checkpoint there. A process that was started alone has nothing to do here.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ooo_rl.data.errors import DatasetError, UsageError
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+CLUSTERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+WAIT_SECONDS = 60  # that a process which has ended waits for the others, before all are ended
+LONGEST_TEXT = 4000  # bytes of what one process tells the others
+
+
+def join() -> None:
+    """Connects this process to those that were started with it, if its environment tells of any.
+
+    By hand, JAX_COORDINATOR_ADDRESS is host:port of process 0, where the port is free, JAX_NUM_PROCESSES the
+    number of processes, and JAX_PROCESS_ID this one's, from 0. Started by SLURM's `srun` or by Open MPI's
+    `mpirun`, a process needs none of them, but JAX_NUM_PROCESSES=1 makes it run alone. From here on all but
+    process 0 are silent, unless they crash.
+    """
+    if (count := _count()) == 1:
+        return
+    number = _number(NUMBER) if NUMBER in os.environ else None
+    if ADDRESS in os.environ and not os.environ[ADDRESS].rpartition(":")[2].isdecimal():
+        raise UsageError(f"{ADDRESS} is {os.environ[ADDRESS]!r}; it must be host:port of process 0")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the session
+    print(f"one of {count} processes, which wait for one another; {COUNT}=1 runs one alone", file=sys.stderr)
+    try:
+        jax.distributed.initialize(
+            num_processes=count, process_id=number, shutdown_timeout_seconds=WAIT_SECONDS
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(
+            f"the {count} processes do not come together ({reason}); set {ADDRESS}, {COUNT} and {NUMBER} for "
+            f"each of them, or {COUNT}=1 to run this one alone"
+        ) from None
+    if not is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
+def _count() -> int:
+    """The number of processes that were started together, as the environment tells it."""
+    if COUNT in os.environ:
+        return _number(COUNT)
+    if any(name in os.environ for name in (ADDRESS, NUMBER)) and not CLUSTERS.keys() & os.environ.keys():
+        given = ADDRESS if ADDRESS in os.environ else NUMBER
+        raise UsageError(f"{given} is set, and {COUNT} is not: how many processes are there?")
+    return next((_number(of) for sign, of in CLUSTERS.items() if {sign, of} <= os.environ.keys()), 1)
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal() or (name != NUMBER and int(text) == 0):
+        raise UsageError(f"{name} is {text!r}, which is no number of processes")
+    return int(text)
+
+
+def are_several() -> bool:
+    """Whether JAX was told of other processes."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not are_several() or jax.process_index() == 0
+
+
+def in_turn(devices: list) -> list:
+    """`devices`, one of each process in turn, so that few of them are spread over all processes."""
+    by_process: dict[int, list] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    ranks = {device: rank for own in by_process.values() for rank, device in enumerate(own)}
+    return sorted(devices, key=lambda device: (ranks[device], device.process_index))
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The whole of an array on the host of every process, wherever its parts are."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def texts(own: str) -> list[str]:
+    """What each process gives, from process 0 on; all must ask."""
+    if not are_several():
+        return [own]
+    row = np.frombuffer(own.encode()[:LONGEST_TEXT].ljust(LONGEST_TEXT, b"\0"), np.uint8)[None]
+    devices = in_turn(jax.devices())[: jax.process_count()]
+    split = NamedSharding(Mesh(devices, ("processes",)), PartitionSpec("processes"))
+    rows = on_host(jax.make_array_from_callback((len(devices), LONGEST_TEXT), split, lambda _: row))
+    return [bytes(row).decode(errors="replace").rstrip("\0") for row in rows]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An error within, in one process, is one in all of them: none waits for another that has gone.
+
+    What is within must not wait for other processes, since one of them may have left it.
+    """
+    wrong = None
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not are_several():
+            raise
+        wrong = error
+    told = texts("" if wrong is None else _in_words(wrong)) if are_several() else []
+    if wrong is not None:
+        raise wrong
+    for number, text in enumerate(told):
+        if text:
+            raise UsageError(f"process {number}: {text}")
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, SystemExit):  # from the parser of the flags, which has said why
+        return "it has ended; was it started with the same flags?"
+    return str(error) if isinstance(error, UsageError | DatasetError) else f"{type(error).__name__}: {error}"
+
+
+def first_and_then_others(function: Callable[[], Any]) -> Any:
+    """`function()`, which may leave files on a disk that others share; so the first process does it alone."""
+    result = None
+    for turn in (True, False) if are_several() else (True,):
+        with together():
+            if is_first() == turn:
+                result = function()
+    return result
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """Raises UsageError, in all processes, if one of them has other `facts` than process 0."""
+    first, *others = [json.loads(text) for text in texts(json.dumps(facts))]
+    for number, theirs in enumerate(others, start=1):
+        if differing := [name for name in first if theirs[name] != first[name]]:
+            raise UsageError(
+                f"process {number} has another {' and another '.join(differing)} than process 0; start all "
+                f"by the same command, or each for itself, with {COUNT}=1"
+            )
