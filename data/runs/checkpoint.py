@@ -56,7 +56,8 @@ class Checkpoints:
         if position is None:
             return None
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        if num_runs < len(jax.tree.leaves(state)[0]):
+        first = jax.tree.leaves(state)[0]
+        if num_runs < len(first) or isinstance(first, np.ndarray):
             template = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), template)
         what = ocp.args.Composite(state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore())
         try:

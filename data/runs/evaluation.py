@@ -44,15 +44,14 @@ class Evaluator:
     returns `obs` [runs, episodes, horizon + 1, obs]. Nothing compiles before the first call.
     """
 
-    def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):
+    def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh, room: int | None = None):
         self.args, self.env = args, env
-        own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-        self.act = Compiled(act, Mesh(own, ("runs",)))
+        self.act = Compiled(act, Mesh(processes.own_devices(mesh), ("runs",)), room=room)
 
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
 
-        self.rollout = Compiled(play, mesh)
+        self.rollout = Compiled(play, mesh, room=room)
 
     @property
     def possible(self) -> bool:

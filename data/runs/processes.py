@@ -92,6 +92,11 @@ def in_turn(devices: list) -> list:
     return sorted(devices, key=lambda device: (ranks[device], device.process_index))
 
 
+def own_devices(mesh: Mesh) -> list:
+    """The devices of `mesh` that are this process's."""
+    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+
 def on_host(x: Any) -> np.ndarray:
     """The whole of an array on the host of every process, wherever its parts are."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:

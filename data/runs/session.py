@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import pathlib
 import signal
@@ -31,7 +32,7 @@ from ooo_rl.data.errors import Stopped, UsageError
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import processes, report
+from ooo_rl.data.runs import memory, processes, report
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
 from ooo_rl.data.runs.folder import (
@@ -46,7 +47,7 @@ from ooo_rl.data.runs.folder import (
     write_json,
 )
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, real, scan_mean
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, filled, mesh_for, place, real, scan_mean
 from ooo_rl.data.runs.settings import read_config, resolved, to_json
 from ooo_rl.data.runs.sweep import grid
 from ooo_rl.data.runs.tracking import Tracker, open_tracker
@@ -196,10 +197,32 @@ class Session:
         return self.hyper
 
     def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
-        """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`)."""
-        compiled = [Compiled(partial(function, static), self.mesh) for function in functions]
+        """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`).
+
+        The first one makes a run's state. If the devices have no room for all of them, the runs take turns.
+        """
+        given = {"offline": self.offline, "truncation": self.truncation}
+        of_one = {"hyper": self.hyper, "key": self.keys}
+        given |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), of_one)
+        start = partial(functions[0], static)
+        with usual_promotion():
+            state = jax.eval_shape(start, *(given[name] for name in inspect.signature(start).parameters))
+        self.room = memory.room(self.args, self.num_runs, self.mesh, state)
+        if self.room < self.num_runs:
+            self.console.print(
+                f"{self.num_runs} runs take turns on the devices, {self.room} at once; the others wait in the "
+                "host's memory",
+                soft_wrap=True,
+            )
+        compiled = [Compiled(partial(function, static), self.mesh, room=self.room) for function in functions]
         self.programs += compiled
         return compiled
+
+    def _placed(self, tree: Any) -> Any:
+        """`tree` [runs, ...] where its runs are: on the devices, or on the host if they take turns."""
+        if self.room < self.num_runs:
+            return jax.tree.map(lambda x: filled(np.asarray(x), self.mesh.size), tree)
+        return place(tree, self.mesh, RUNS)
 
     def begin(self, state: Any, act: Callable) -> Any:
         """Makes or opens the folder; returns the state to go on from: `state`, unless there is a checkpoint.
@@ -208,7 +231,7 @@ class Session:
         gives the actions that evaluations play.
         """
         init = self.plan[0].agent
-        self.evaluate = Evaluator(self.args, self.env, act, self.mesh)
+        self.evaluate = Evaluator(self.args, self.env, act, self.mesh, self.room)
         if self.args.init_from and not self.args.resume:
             state = self._init_from(state, init)
         if not self.args.resume:
@@ -218,7 +241,7 @@ class Session:
             found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
         host: dict[str, Any] = {"position": 0, "metrics_bytes": None, "phases": {}}
         if found:
-            state, host = place(found[0], self.mesh, RUNS), found[1]
+            state, host = self._placed(found[0]), found[1]
             self.before, self.largest_reward = self.before | host["clock"], host["largest_reward"]
             self.failed = {int(r): text for r, text in host["failed"].items()}
         elif self.args.resume and self.args.init_from:
@@ -252,7 +275,7 @@ class Session:
         with processes.together():
             agent, said = load_agent(self.args.init_from, self.labels, like)
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
-        return state.replace(**{name: place(agent, self.mesh, RUNS)})
+        return state.replace(**{name: self._placed(agent)})
 
     # --- while it runs ---
 
@@ -397,7 +420,7 @@ class Session:
     def _note_rewards(self, ring: Transition | None) -> None:
         """Takes the rewards of the online rows into account; empty slots of the ring hold 0."""
         if ring is not None:
-            extremes = real([f(ring.reward, axis=1) for f in (jnp.min, jnp.max)], self.num_runs)
+            extremes = real([ring.reward.min(axis=1), ring.reward.max(axis=1)], self.num_runs)
             self.largest_reward = np.maximum(self.largest_reward, self._scaled(*extremes)).tolist()
 
     def q_limit(self, r: int) -> float:
@@ -413,7 +436,8 @@ class Session:
         beyond `q_limit`.
         """
         bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(self.num_runs)]
-        finite = real(_finite_leaves(parameters), self.num_runs)
+        on_host = isinstance(next(iter(jax.tree.leaves(parameters)), None), np.ndarray)
+        finite = real((_finite_leaves if on_host else _finite_on_device)(parameters), self.num_runs)
         for path, ok in jax.tree_util.tree_leaves_with_path(finite):
             for r in np.flatnonzero(~ok):
                 bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
@@ -546,9 +570,11 @@ def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None
     return env_state, buffer.empty(static.example, args.buffer_size or args.online_steps)
 
 
-@jax.jit
-def _finite_leaves(tree):
-    return jax.tree.map(lambda x: jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+def _finite_leaves(tree, of=np):
+    return jax.tree.map(lambda x: of.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+
+
+_finite_on_device = jax.jit(partial(_finite_leaves, of=jnp))
 
 
 def _means(values: Any) -> list[float | None]:

@@ -90,6 +90,9 @@ class Experiment(metaclass=InForce):
     """seeds, trained side by side"""
     seed: Seed = 0
     """first seed"""
+    runs_at_once: Steps = 0
+    """runs (seeds x swept settings) that are on the devices at once, while the others wait in the host's
+    memory; 0: all that there is room for"""
     init_from: str = ""
     """folder of a run to start from: what fits of its agents is taken, seed by seed"""
     eval_every: Steps = 0
