@@ -74,7 +74,8 @@ def room(args: Any, num_runs: int, mesh: Mesh, state: Any) -> int:
     with processes.together():
         host, waiting = of_host(), 2 * size(state)  # the states before a chunk, and those after it
         if fit < per_device and host is not None and num_runs * waiting > SHARE * host:
-            raise _too_many(args, num_runs, int(SHARE * host) // waiting, waiting, host)
+            most = max(fit * mesh.size, int(SHARE * host) // waiting)
+            raise _too_many(args, num_runs, most, waiting, host)
     turns = math.ceil(per_device / min(fit, per_device))
     return math.ceil(per_device / turns) * mesh.size
 

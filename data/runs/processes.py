@@ -8,6 +8,7 @@ each reads and writes its part of a checkpoint there. A process that was started
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ooo_rl.data.errors import DatasetError, UsageError
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-CLUSTERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+CLUSTERS = (  # whose variables JAX reads, too: a sign of it, the number of processes, this one's
+    ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
+    ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
 WAIT_SECONDS = 60  # that a process which has ended waits for the others, before all are ended
 LONGEST_TEXT = 4000  # bytes of what one process tells the others
 
@@ -34,43 +38,45 @@ def join() -> None:
     `mpirun`, a process needs none of them, but JAX_NUM_PROCESSES=1 makes it run alone. From here on all but
     process 0 are silent, unless they crash.
     """
-    if (count := _count()) == 1:
+    count, number = _count_and_number()
+    if count == 1:
         return
-    number = _number(NUMBER) if NUMBER in os.environ else None
-    if ADDRESS in os.environ and not os.environ[ADDRESS].rpartition(":")[2].isdecimal():
-        raise UsageError(f"{ADDRESS} is {os.environ[ADDRESS]!r}; it must be host:port of process 0")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the session
-    print(f"one of {count} processes, which wait for one another; {COUNT}=1 runs one alone", file=sys.stderr)
+    if number == 0:
+        print(
+            f"waiting for {count - 1} more processes; {COUNT}=1 runs one alone", file=sys.stderr, flush=True
+        )
     try:
         jax.distributed.initialize(
             num_processes=count, process_id=number, shutdown_timeout_seconds=WAIT_SECONDS
         )
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"the {count} processes do not come together ({reason}); set {ADDRESS}, {COUNT} and {NUMBER} for "
-            f"each of them, or {COUNT}=1 to run this one alone"
+            f"the {count} processes do not come together ({str(error).splitlines()[0]}); set {ADDRESS}, "
+            f"{COUNT} and {NUMBER} for each of them, or {COUNT}=1 to run this one alone"
         ) from None
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
-def _count() -> int:
-    """The number of processes that were started together, as the environment tells it."""
-    if COUNT in os.environ:
-        return _number(COUNT)
-    if any(name in os.environ for name in (ADDRESS, NUMBER)) and not CLUSTERS.keys() & os.environ.keys():
-        given = ADDRESS if ADDRESS in os.environ else NUMBER
-        raise UsageError(f"{given} is set, and {COUNT} is not: how many processes are there?")
-    return next((_number(of) for sign, of in CLUSTERS.items() if {sign, of} <= os.environ.keys()), 1)
-
-
-def _number(name: str) -> int:
-    text = os.environ[name]
-    if not text.isdecimal() or (name != NUMBER and int(text) == 0):
-        raise UsageError(f"{name} is {text!r}, which is no number of processes")
-    return int(text)
+def _count_and_number() -> tuple[int, int]:
+    """The number of processes that were started together, and this one's, as the environment tells them."""
+    given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if name in os.environ}
+    names = next((names for sign, *names in CLUSTERS if {sign, *names} <= os.environ.keys()), ())
+    count, number = (
+        given.get(ours, os.environ.get(of)) for ours, of in zip((COUNT, NUMBER), names or ("", ""))
+    )
+    if given.get(COUNT) == "1" or (not given and count in (None, "1")):
+        return 1, 0
+    if count is None or number is None or (not names and ADDRESS not in given):
+        missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
+        raise UsageError(f"{' and '.join(given)} is set, and so must be {' and '.join(missing)}")
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+        raise UsageError(f"process {number!r} of {count!r}: {NUMBER} must be from 0 to {COUNT} - 1")
+    if not re.fullmatch(r".+:\d+", given.get(ADDRESS, "host:0")):
+        raise UsageError(f"{ADDRESS}={given[ADDRESS]}: it must be host:port of process 0")
+    return int(count), int(number)
 
 
 def are_several() -> bool:

@@ -210,8 +210,8 @@ class Session:
         self.room = memory.room(self.args, self.num_runs, self.mesh, state)
         if self.room < self.num_runs:
             self.console.print(
-                f"{self.num_runs} runs take turns on the devices, {self.room} at once; the others wait in the "
-                "host's memory",
+                f"{self.num_runs} runs take turns on the devices, {self.room} at once; the others wait in "
+                "the host's memory",
                 soft_wrap=True,
             )
         compiled = [Compiled(partial(function, static), self.mesh, room=self.room) for function in functions]
