@@ -5,11 +5,14 @@ devices of all. Process 0 alone prints and writes; the others need to see the fo
 each reads and writes its part of a checkpoint there. A process that was started alone has nothing to do here.
 """
 
+import collections
 import contextlib
 import json
 import os
+import pathlib
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +29,7 @@ CLUSTERS = (  # whose variables JAX reads, too: a sign of it, the number of proc
     ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
     ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
 )
+SHOWN_SECONDS = 20  # within which a network's file system shows what another machine has written
 WAIT_SECONDS = 60  # that a process which has ended waits for the others, before all are ended
 LONGEST_TEXT = 4000  # bytes of what one process tells the others
 
@@ -91,11 +95,11 @@ def is_first() -> bool:
 
 def in_turn(devices: list) -> list:
     """`devices`, one of each process in turn, so that few of them are spread over all processes."""
-    by_process: dict[int, list] = {}
+    turns, seen = [], collections.Counter()
     for device in devices:
-        by_process.setdefault(device.process_index, []).append(device)
-    ranks = {device: rank for own in by_process.values() for rank, device in enumerate(own)}
-    return sorted(devices, key=lambda device: (ranks[device], device.process_index))
+        turns.append((seen[device.process_index], device.process_index))
+        seen[device.process_index] += 1
+    return [device for _, device in sorted(zip(turns, devices), key=lambda pair: pair[0])]
 
 
 def own_devices(mesh: Mesh) -> list:
@@ -156,6 +160,16 @@ def first_and_then_others(function: Callable[[], Any]) -> Any:
             if is_first() == turn:
                 result = function()
     return result
+
+
+def is_shown(path: pathlib.Path) -> bool:
+    """Whether the file `path`, which process 0 has written, is to be seen here."""
+    last = time.monotonic() + SHOWN_SECONDS
+    while not path.is_file():
+        if time.monotonic() > last:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def check_same(facts: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ class Session:
             command = " ".join(sys.argv) if script else f"{self.method}.train(args)"
             self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
             create(self.path, self.method, self.args, self.card, command, self.run_id)
-        elif not (self.path / "config.json").is_file():
+        elif not processes.is_shown(self.path / "config.json"):
             raise UsageError(
                 f"--runs-dir {self.args.runs_dir}: it does not see {self.path}, which process 0 has made; "
                 "name a folder that all machines share, at the same path"
@@ -505,6 +505,7 @@ class Session:
         with processes.together():
             if processes.is_first():
                 self._report(export, actors, ring, stages)
+        processes.is_shown(self.path / "result.json")
         results = json.loads((self.path / "result.json").read_text())
         self.checkpoints.close()
         self.folder.close()
