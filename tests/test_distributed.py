@@ -1,5 +1,6 @@
 """Two processes that run one experiment leave what one leaves, and end together. So do runs that take turns."""
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -16,7 +17,7 @@ from ooo_rl.algos import iql
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import memory, processes, session
 
-PLACE = pathlib.Path("iql") / "point-mass-wall" / "it"
+PLACE = pathlib.Path("iql") / "probe-match-obs" / "it"
 STOP_AT = 2  # the chunk after which a run that is to be stopped is asked to
 CODE = f"""
 import os, signal
@@ -40,18 +41,18 @@ def rows(tmp_path_factory):
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("rows") / "rows.npz"
     ends = np.arange(400) % 20 == 19
     names = "observations", "actions", "rewards", "terminals", "timeouts"
-    parts = rng.uniform(size=(400, 2)), rng.uniform(-1, 1, (400, 2)), np.full(400, -1.0), 0 * ends, ends
+    parts = rng.uniform(size=(400, 1)), rng.uniform(-1, 1, (400, 1)), np.full(400, -1.0), 0 * ends, ends
     np.savez(path, **dict(zip(names, parts)))
     return path
 
 
 @pytest.fixture(scope="module")
 def settings(rows):
-    """Three seeds that learn from the rows, then online: four chunks, two evaluations of each phase."""
+    """Three seeds that learn online and from the rows: five chunks, two evaluations."""
     return {
-        "env": "point-mass-wall", "dataset": str(rows), "hidden": (8, 8), "num_seeds": 3, "batch_size": 8,
-        "offline_steps": 16, "online_steps": 80, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 2,
-        "eval_every": 40, "checkpoint_every": 8, "name": "it",
+        "env": "probe-match-obs", "dataset": str(rows), "hidden": (8,), "num_seeds": 3, "batch_size": 8,
+        "offline_steps": 0, "online_steps": 40, "num_envs": 8, "utd_ratio": 0.125, "eval_episodes": 2,
+        "eval_every": 24, "checkpoint_every": 8, "name": "it",
     }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def two(*words, devices=1, other=(), **environment):
         for number, (more, own) in enumerate((((), {}), (other, environment)))
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -119,7 +120,7 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(settings,
     """They have a device each, with two of the three seeds and the third one twice."""
     first, second = two(*words(settings, tmp_path), STOP="1")
     folder = tmp_path / PLACE
-    line = f"stopped: by SIGTERM after online, step 8; go on with --resume {folder}"
+    line = f"stopped: by SIGTERM after online, step 24; go on with --resume {folder}"
     assert first[0] == second[0] == 143 and said(first[2]) == [line]
     assert "dataset" in first[1] and second[1:] == ("", "")
     (checkpoint,) = (folder / "checkpoints").iterdir()
@@ -140,17 +141,31 @@ def test_two_processes_go_on_with_what_one_began(settings, whole, tmp_path):
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_an_error_of_one_process_ends_both_with_one_line(settings, whole, process):
-    """Process 0 alone sees that the folder is taken; process 1 has other data under the same name."""
-    given, other = words(settings, whole.parents[2]), ()
-    if process == 1:
-        given, other = words({**settings, "name": "new"}, whole.parents[2]), ("--dataset", "absent.npz")
-    first, second = two(*given, other=other)
+def test_an_error_of_one_process_ends_both_with_one_line(settings, tmp_path):
+    first, second = two(*words(settings, tmp_path), other=("--dataset", "absent.npz"))
     assert first[0] == second[0] == 2 and second[1:] == ("", "")
-    expected = "process 1: absent.npz: there is no such file" if process else f"{whole} exists already"
-    assert len(said(first[2])) == 1 and said(first[2])[0].startswith(f"error: {expected}"), first[2]
-    assert not (whole.parent / "new").exists()
+    assert said(first[2]) == ["error: process 1: absent.npz: there is no such file"]
+    assert not (tmp_path / PLACE).exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "expected"),
+    [
+        (["", ""], None, None),
+        (["", "no room"], None, "process 1: no room"),
+        (["no room", ""], UsageError("no room"), "^no room"),
+        (["its own", "no room"], UsageError("its own"), "^its own"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_is_raised_in_all(monkeypatch, told, error, expected):
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    asked = []
+    monkeypatch.setattr(processes, "texts", lambda own: asked.append(own) or told)
+    with pytest.raises(UsageError, match=expected) if expected else contextlib.nullcontext():
+        with processes.together():
+            if error:
+                raise error
+    assert asked == [told[0]]
 
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
