@@ -161,10 +161,10 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(monkeypatch, told, erro
     monkeypatch.setattr(processes, "are_several", lambda: True)
     asked = []
     monkeypatch.setattr(processes, "texts", lambda own: asked.append(own) or told)
-    with pytest.raises(UsageError, match=expected) if expected else contextlib.nullcontext():
-        with processes.together():
-            if error:
-                raise error
+    refused = pytest.raises(UsageError, match=expected) if expected else contextlib.nullcontext()
+    with refused, processes.together():
+        if error:
+            raise error
     assert asked == [told[0]]
 
 
