@@ -135,7 +135,8 @@ def _restored(flag: str, folder: str) -> tuple[dict, dict]:
         raise UsageError(f"{flag}: there is no checkpoint yet")
     last = path / str(max(steps))
     try:
-        with ocp.PyTreeCheckpointer(multiprocessing_options=_all()) as checkpointer:
+        trees = ocp.PyTreeCheckpointHandler(multiprocessing_options=_all())
+        with ocp.Checkpointer(trees, multiprocessing_options=_all()) as checkpointer:
             metadata = checkpointer.metadata(last / "state").item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             state = checkpointer.restore(last / "state", restore_args=as_numpy)
