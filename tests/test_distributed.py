@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -230,7 +231,11 @@ def test_runs_that_take_turns_end_in_the_same_bits(settings, whole, tmp_path, ca
     assert_same(folder, whole)
 
 
-STATE = SimpleNamespace(shape=(2**26,), dtype=np.float32)  # a quarter of a GiB
+class State(NamedTuple):
+    """Of a run; its ring takes half a GiB."""
+
+    ring: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct((2**27,), np.float32)
+    agent: jax.ShapeDtypeStruct | None = None
 
 
 @pytest.mark.parametrize(
@@ -247,7 +252,7 @@ def test_on_a_cpu_too_many_runs_are_refused(monkeypatch, free, seeds, sweep, exp
     """`free` counts the halves of GiB."""
     monkeypatch.setattr(memory, "of_host", lambda: free * memory.GIB // 2)
     args, mesh = SimpleNamespace(num_seeds=seeds, seed=7, runs_at_once=0), jax.make_mesh((1,), ("runs",))
-    asked = [args, seeds * sweep, mesh, [STATE]]
+    asked = [args, seeds * sweep, mesh, State()]
     if isinstance(expected, int):
         assert memory.room(*asked) == expected
     else:
@@ -263,8 +268,10 @@ def test_on_an_accelerator_they_take_turns(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([device]), size=1)
     args = SimpleNamespace(num_seeds=10, seed=0, runs_at_once=0)
     monkeypatch.setattr(memory, "of_host", lambda: 100 * memory.GIB)
-    assert memory.room(args, 10, mesh, [STATE]) == 5
-    assert memory.room(args, 7, mesh, [STATE]) == 7
+    assert memory.room(args, 10, mesh, State()) == 5
+    assert memory.room(args, 7, mesh, State()) == 7
+    agent = jax.ShapeDtypeStruct((2**22,), np.float32)  # 1/64 GiB, and WORK times as much to learn with
+    assert memory.room(args, 9, mesh, State(agent=agent)) == 3, "four fit"
     monkeypatch.setattr(memory, "of_host", lambda: memory.GIB)
-    with pytest.raises(UsageError, match=r"10 runs take 0.5 GiB of memory each, and 1 GiB are free: 7 fit"):
-        memory.room(args, 10, mesh, [STATE])
+    with pytest.raises(UsageError, match=r"10 runs take 1 GiB of memory each, and 1 GiB are free: 7 fit"):
+        memory.room(args, 10, mesh, State())
