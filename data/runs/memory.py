@@ -12,8 +12,8 @@ from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import processes
 
 SHARE = 0.8  # of the free memory that we plan with: the rest is for the evaluation and for fragments
-# Gradients, batches and activations, in multiples of what a run holds beside its ring. Measured with 256 units
-# and batches of 256: IQL 1.3, RLPD 2.4, CQL 16.
+# Gradients, batches and activations, in multiples of what a run holds beside its ring. Measured with 256
+# units and batches of 256: IQL 1.3, RLPD 2.4, CQL 16.
 WORK = 16
 GIB = 2**30
 
@@ -24,7 +24,7 @@ def size(tree: Any) -> int:
 
 
 def of_work(state: Any) -> int:
-    """The bytes that the compiled chunks need beside the `state` of a run, most of which they change in place."""
+    """The bytes that the compiled chunks need beside the `state` of a run, which they change in place."""
     return WORK * (size(state) - size(getattr(state, "ring", None)))
 
 
