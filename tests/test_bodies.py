@@ -264,12 +264,13 @@ MANY = """
 import jax, mujoco
 from mujoco import mjx
 from ooo_rl.envs.engines import euler
+from ooo_rl.envs.engines.physics import our_mjx
 joint = '<joint axis="0 1 0" damping="0.01" limited="true" range="-0.1 0.1"/>'
 geom = '<geom size="0.01" contype="0" conaffinity="0"/>'
 links = "".join(f'<body pos="0 {i} 0">{joint}{geom}</body>' for i in range(16))
 model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{links}</worldbody></mujoco>")
 device, start = mjx.put_model(model), mjx.make_data(model)
-step = lambda data, _: (euler.step(device, data), None)
+step = our_mjx()(lambda data, _: (euler.step(device, data), None))
 run = jax.jit(jax.vmap(lambda qpos: jax.lax.scan(step, start.replace(qpos=qpos), None, 5)[0].qpos))
 print(float(abs(run(0.2 * jax.random.normal(jax.random.PRNGKey(0), (512, 16)))).max()))
 """
@@ -280,6 +281,28 @@ def test_many_worlds_on_two_threads_come_to_an_end():
     variables, command = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "2"}, [sys.executable, "-c", MANY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
     assert done.returncode == 0 and 0 < float(done.stdout.split()[-1]) < 2, done.stderr[-2000:]
+
+
+ON_TWO_DEVICES = """
+import jax, jax.numpy as jnp
+from ooo_rl import envs
+from ooo_rl.data.runs.program import RUNS, Compiled, mesh_for, place
+env, mesh = envs.make("halfcheetah", physics="mujoco"), mesh_for(2)
+def play(key, *, length):
+    state = jax.vmap(env.reset)(jax.random.split(key, 600))
+    step = lambda state, _: (jax.vmap(env.step)(state, jnp.zeros((600, env.action_size))), None)
+    return jax.lax.scan(step, state, None, length)[0].obs
+keys = place(jax.random.split(jax.random.PRNGKey(0), 2), mesh, RUNS)
+print(mesh.size, Compiled(play, mesh)(keys, length=20).shape)
+"""
+
+
+def test_host_calls_of_all_devices_at_once_come_to_an_end():
+    """Their states have 130 kB. With `jax.pure_callback` this never ends: see envs/engines/host.py."""
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "2", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", ON_TWO_DEVICES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
+    assert done.stdout.strip() == "2 (2, 600, 17)", done.stderr[-2000:]
 
 
 def test_a_broken_world_is_reset_counted_and_never_stored():

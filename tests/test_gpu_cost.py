@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import Mesh
 
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled
+from ooo_rl.data.runs.program import EVERYWHERE, GPU_OPTIONS, RUNS, Compiled
 
 BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 RECORDED = pathlib.Path(__file__).parent / "gpu_program.txt"
@@ -78,8 +78,8 @@ def check_known_counts(gpu, thunks, counting):
             thunk.kind = "kWaitForStreams"  # which starts nothing
     total = counting.count(thunks)
     assert total["launches"] == STEPS * PRODUCTS + 2 + 4 * (1 + 15)
-    main, steps = counting.main_loop(thunks)
-    assert steps == STEPS and counting.count(main.parts["body"])["launches"] == PRODUCTS
+    main, steps, graph = counting.main_loop(thunks)
+    assert (steps, graph) == (STEPS, False) and counting.count(main.parts["body"])["launches"] == PRODUCTS
     # The branch once, the outer loop's condition five times, the inner one's sixteen times in each iteration.
     branches = [t for t in gpu.thunks.walk(thunks) if t.kind == "kConditional"]
     assert len(branches) == 1
@@ -92,6 +92,16 @@ def check_known_counts(gpu, thunks, counting):
 
 def test_counts_of_the_recorded_program(gpu):
     check_known_counts(gpu, *read(gpu, RECORDED))
+
+
+def test_a_main_loop_inside_a_graph_is_counted_there(gpu):
+    kernels = {part: [gpu.thunks.Thunk("kKernel", part)] for part in ("condition", "body")}
+    loop = gpu.thunks.Thunk("kWhile", "loop", kernels)
+    graph = gpu.thunks.Thunk("kCommandBuffer", "graph", {"": [loop]})
+    counting = gpu.thunks.Counting({"loop": gpu.thunks.Instruction(9)}, (4, 4), speed(gpu))
+    assert counting.main_loop([graph]) == (loop, 9, True) and counting.main_loop([loop]) == (loop, 9, False)
+    step = counting.count(loop.parts["body"], True)
+    assert (step["launches"], step["outside"], counting.count([graph])["launches"]) == (1, 0, 9 + 10)
 
 
 def installed() -> bool:
@@ -107,7 +117,7 @@ def installed() -> bool:
 def test_counts_of_the_program_compiled_now(gpu, tmp_path):
     """In a process of its own, where no cache of compiled programs is in use."""
     command = [sys.executable, __file__, tmp_path / "program.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     check_known_counts(gpu, *read(gpu, tmp_path / "program.txt"))
 
@@ -297,6 +307,7 @@ def record(path: str) -> None:
     from gpu_thunks import names_of
 
     jax.config.update("jax_enable_compilation_cache", False)
+    GPU_OPTIONS.clear()  # there are loops and a branch outside graphs then, which the reader must understand
     card = gpu_programs.Card("h100")
     state = gpu_programs.shapes(jnp.zeros((1, 64, 64)), card.mesh, RUNS)
     limit = gpu_programs.shapes(jnp.float32(0), card.mesh, EVERYWHERE)

@@ -21,7 +21,8 @@ SETTINGS = {
 
 def static_of(script, env=None, obs_size=OBS, action_size=ACT, **settings):
     """What the functions of `script` get first, for small networks."""
-    args = script.Args.exactly({"hidden": HIDDEN, "critic_hidden": HIDDEN, "init_alpha": 0.3} | settings)
+    alpha = {"init_alpha": 0.3} if hasattr(script.Args, "init_alpha") else {}
+    args = script.Args.exactly({"hidden": HIDDEN, "critic_hidden": HIDDEN} | alpha | settings)
     nets = script.make_nets(SimpleNamespace(args=args, env=env, obs_size=obs_size, action_size=action_size))
     obs, action, scalar = np.zeros(obs_size, np.float32), np.zeros(action_size, np.float32), np.float32(0)
     return Static(args, env, Transition(obs, action, scalar, obs, scalar), nets)

@@ -10,6 +10,7 @@ less than many calls.
 
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.runs import processes
+
+# For a GPU: kernels that do not need one another run at once, and loops are part of CUDA graphs, also those
+# that end when their data say so. XLA's defaults start all kernels in one order, and leave loops to the host.
+GPU_OPTIONS = {
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
 
 RUNS, EVERYWHERE = PartitionSpec("runs"), PartitionSpec()
 SHARED = ("offline", "truncation", "added")  # names of the arguments that are the same for all runs
@@ -151,6 +162,20 @@ def _calls_host(jaxpr: Any) -> bool:
     return False
 
 
+def compile_for(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """The executable; for a GPU with those of `GPU_OPTIONS` that XLA knows and XLA_FLAGS do not name."""
+    told = os.environ.get("XLA_FLAGS", "")
+    options = {} if platform == "cpu" else {k: v for k, v in GPU_OPTIONS.items() if k not in told}
+    while True:
+        try:
+            return lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = [name for name in options if name in str(error) and "INVALID_ARGUMENT" in str(error)]
+            if not unknown:
+                raise
+            options = {name: value for name, value in options.items() if name not in unknown}
+
+
 class Compiled:
     """`function(*arguments, **static)`, written for one run, compiled for all of them.
 
@@ -192,7 +217,8 @@ class Compiled:
                 sharded = jax.shard_map(
                     mapped, mesh=self.mesh, in_specs=specs, out_specs=RUNS, check_vma=False
                 )
-                self.programs[key] = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments).compile()
+                lowered = jax.jit(sharded, donate_argnums=self.donated).lower(*arguments)
+                self.programs[key] = compile_for(lowered, self.mesh.devices.flat[0].platform)
             self.compile_seconds += time.perf_counter() - began
         return self.programs[key]
 

@@ -32,7 +32,7 @@ from ooo_rl.data.errors import Stopped, UsageError
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import memory, processes, report
+from ooo_rl.data.runs import memory, processes, report, worlds
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
 from ooo_rl.data.runs.folder import (
@@ -100,7 +100,7 @@ class Session:
     def __init__(self, method: str, args: Any, make_plan: Callable[[Any], list[Phase]]):
         self.began = time.perf_counter()
         with processes.together():
-            self.method, self.args = method, resolved(args)
+            self.method, self.args = method, worlds.chosen(resolved(args), make_plan)
             self.console = Console()
             self.task = task_of(self.args)
             hyper, self.labels = grid(self.args)
@@ -122,6 +122,8 @@ class Session:
         self.example = Transition(obs, action, scalar, obs, scalar)
         self.num_runs = len(self.labels)
         self.mesh = self._layout()
+        if self.args.online_steps and getattr(self.env, "backend", "jax") != "jax":
+            self.console.print(worlds.described(self.args, self.env, self.num_runs))
         self.discount = np.asarray(hyper.discount)
         self.hyper = place(hyper, self.mesh, RUNS)
         self.offline = place(rows, self.mesh, EVERYWHERE)

@@ -27,7 +27,7 @@ from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import processes
+from ooo_rl.data.runs import processes, worlds
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
@@ -136,8 +136,9 @@ class Experiment(metaclass=InForce):
     """gradient steps on the dataset"""
     online_steps: Steps = 1_000_000
     """environment steps"""
-    num_envs: Size = 8
-    """environments that act side by side, per seed"""
+    num_envs: Steps = 0
+    """environments that act side by side, per seed; 0: 8, or more where MJX simulates them on a GPU, which
+    steps 1,000 in the time of one"""
     utd_ratio: Positive = 1.0
     """gradient steps per environment step; num_envs * utd_ratio follow each step of all environments"""
     buffer_size: Steps = 0
@@ -236,6 +237,8 @@ def resolved(args: Any) -> Any:
         dataset = library.only_one_for(env)
     dataset = "none" if dataset == "auto" else dataset
     args = dataclasses.replace(args, env=env, dataset=dataset)
+    if not args.num_envs and not worlds.are_cheap(env, args.physics):
+        args = dataclasses.replace(args, num_envs=worlds.FEW)
     check(args)
     return args
 
@@ -331,18 +334,8 @@ def check(args: Any) -> None:
             f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, "
             "--online-steps 0"
         )
-    updates = args.num_envs * args.utd_ratio
-    if args.online_steps and (updates < 1 or updates != round(updates)):
-        raise UsageError(
-            f"--utd-ratio {args.utd_ratio} with --num-envs {args.num_envs} makes {updates:g} gradient steps "
-            "per vector step; their product must be a whole number, at least 1"
-        )
-    if args.buffer_size % args.num_envs:
-        near = -(-args.buffer_size // args.num_envs) * args.num_envs
-        raise UsageError(
-            f"--buffer-size {args.buffer_size} is not a multiple of --num-envs {args.num_envs}; "
-            f"the next one is {near}"
-        )
+    if args.num_envs:
+        worlds.check_vector_steps(args)
     _, labels = grid(args)
     if args.export:
         if not args.online_steps or 0 < args.buffer_size < args.online_steps:

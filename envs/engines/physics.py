@@ -29,7 +29,7 @@ import numpy as np
 from flax import struct
 from mujoco.batch import Batch, SimulationError
 
-from ooo_rl.envs.engines import mjx_warp
+from ooo_rl.envs.engines import host, mjx_warp
 from ooo_rl.envs.engines.contacts import exact_contacts
 from ooo_rl.envs.engines.solver import lean_solver
 
@@ -300,19 +300,14 @@ class CEngine:
         words = jnp.concatenate([body.inner, _double_words(scene)])
         if watched is None:
             seen = jax.ShapeDtypeStruct((self.num_watched,), qpos.dtype)
-            watched = jax.pure_callback(
-                lambda words: self._look(words, qpos.dtype), seen, words, vmap_method="broadcast_all"
-            )
+            (watched,) = host.call(lambda words: (self._look(words, qpos.dtype),), (seen,), words)
         return body.replace(inner=words, scene=scene, watched=jnp.asarray(watched, qpos.dtype))
 
     def step(self, body: Body, ctrl: jax.Array) -> Body:
         nq, nv, _, k, _ = self.sizes
         seen = jax.ShapeDtypeStruct((nq + nv + 2 * k + self.num_watched,), body.qpos.dtype)
         words = jax.ShapeDtypeStruct(body.inner.shape, jnp.uint32)
-        # With broadcast_all, each surrounding vmap adds an axis to this single call.
-        inner, seen = jax.pure_callback(
-            self._step, (words, seen), body.inner, ctrl, vmap_method="broadcast_all"
-        )
+        inner, seen = host.call(self._step, (words, seen), body.inner, ctrl)
         qpos, qvel, place, moved, watched = jnp.split(seen, np.cumsum([nq, nv, k, k]))
         after = Body(qpos, qvel, place, moved, inner)
         return after if self.scene is None else after.replace(scene=body.scene, watched=watched)

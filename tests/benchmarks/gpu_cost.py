@@ -69,9 +69,9 @@ class Args:
     """environments per seed; by default each script's own number"""
     utd_ratio: float | None = None
     """updates per environment step; by default each script's own number"""
-    loops: tuple[int, ...] = (4, 15)
-    """assumed iterations of a loop that ends when its data say so, and of one inside it: Newton's and its
-    line search"""
+    loops: tuple[int, ...] = (4, 4)
+    """assumed iterations of a loop that ends when its data say so, and of one inside it: Newton's, and the
+    line search's, which makes five turns in each"""
     check: bool = False
     """fail if a program goes beyond the bounds in tests/benchmarks/gpu_bounds.json"""
     json: str = ""

@@ -252,8 +252,9 @@ def dumping(options: dict) -> Iterator[pathlib.Path]:
     compile_it = jax.stages.Lowered.compile
     with tempfile.TemporaryDirectory() as folder:
 
-        def compile_and_dump(self):
-            return compile_it(self, compiler_options={**options, "xla_dump_to": folder})
+        def compile_and_dump(self, compiler_options=None):
+            all_options = {**(compiler_options or {}), **options, "xla_dump_to": folder}
+            return compile_it(self, compiler_options=all_options)
 
         with mock.patch.object(jax.stages.Lowered, "compile", compile_and_dump):
             yield pathlib.Path(folder)
@@ -281,8 +282,8 @@ def cost(program: Program, card: Card, loops: tuple[int, ...]) -> Cost:
         seconds, thunks = time.perf_counter() - began, parse(*texts(folder))
     counting = Counting(instructions(compiled.as_text()), loops, card.speed)
     whole = counting.count(thunks)
-    main, steps = counting.main_loop(thunks) or (None, 1)
-    step = whole if main is None else counting.count(main.parts["body"])
+    main, steps, graph = counting.main_loop(thunks) or (None, 1, False)
+    step = whole if main is None else counting.count(main.parts["body"], graph)
     if 2 * steps * step["launches"] <= whole["launches"]:
         step, steps = whole, 1
     if program.length and steps != program.length:

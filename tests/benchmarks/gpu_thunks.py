@@ -287,14 +287,17 @@ class Counting:
             raise ValueError(f"the loop {thunk.name!r} is not in the program's HLO text")
         return self.hlo[thunk.name].trips
 
-    def main_loop(self, thunks: list[Thunk]) -> tuple[Thunk, int] | None:
-        """Of the outermost loops with a known number of iterations the one with most, and its number."""
+    def main_loop(self, thunks: list[Thunk], graph: bool = False) -> tuple[Thunk, int, bool] | None:
+        """Of the outermost loops with a known number of iterations the one with most, its number, and whether
+        a CUDA graph holds it. `graph` says so of `thunks`.
+        """
         found = []
         for thunk in thunks:
             trips = self.trips(thunk) if thunk.kind == "kWhile" else None
-            inside = self.main_loop(thunk.inner) if trips is None else (thunk, trips)
-            found += [inside] if inside else []
-        return max(found, key=lambda pair: pair[1], default=None)
+            inside = graph or thunk.kind == "kCommandBuffer"
+            loop = (thunk, trips, graph) if trips is not None else self.main_loop(thunk.inner, inside)
+            found += [loop] if loop else []
+        return max(found, key=lambda loop: loop[1], default=None)
 
 
 def _timed(what: str, number: int = 1) -> Counter:

@@ -1,0 +1,103 @@
+"""The number of environments that a GPU gets by default, what is said of them, and XLA's options for a GPU."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ooo_rl import envs
+from ooo_rl.algos import iql, ooo_iql, rlpd
+from ooo_rl.data.runs import program, settings, worlds
+from ooo_rl.envs import estimates
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "num_envs"),
+    [
+        (iql, {}, 64),  # 1,000,000 steps are 10 episodes of 1,000 steps in each of 100 environments
+        (iql, {"online_steps": 250_000}, 16),
+        (iql, {"online_steps": 1_000}, 8),
+        (iql, {"num_seeds": 40}, 16),  # 1,024 worlds for all
+        (iql, {"num_envs": 4}, 4),
+        (iql, {"buffer_size": 32 * 1001}, 32),  # a multiple is wanted
+        (iql, {"utd_ratio": 1 / 24, "num_envs": 24}, 24),
+        (ooo_iql, {"retrain_at": (48, 1_000_000)}, 16),  # the plan stops at step 48
+        (rlpd, {}, 16),  # of its 250,000 steps
+    ],
+)
+def test_as_many_environments_as_fill_a_gpu_and_fit_the_plan(gpu, script, changes, num_envs):
+    args = script.Args(env="halfcheetah", dataset="none", offline_steps=0, **changes)
+    chosen = worlds.chosen(settings.resolved(args), script.make_plan)
+    assert chosen.num_envs == num_envs
+    assert chosen.online_steps == args.online_steps and chosen.utd_ratio == args.utd_ratio
+
+
+def test_elsewhere_it_is_eight(gpu, monkeypatch):
+    def number(**changes):
+        return settings.resolved(iql.Args(dataset="none", offline_steps=0, **changes)).num_envs
+
+    assert number(env="probe-all") == number(env="halfcheetah", physics="mujoco") == worlds.FEW == 8
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert number(env="halfcheetah", physics="mjx") == 8
+
+
+def test_what_does_not_come_out_is_refused_in_the_words_of_the_usual_number(gpu):
+    args = iql.Args(env="halfcheetah", dataset="none", offline_steps=0, utd_ratio=0.3)
+    with pytest.raises(settings.UsageError, match=r"--utd-ratio 0.3 with --num-envs 8 makes 2.4"):
+        worlds.chosen(settings.resolved(args), iql.make_plan)
+
+
+def test_the_header_says_which_engine_is_estimated_to_be_faster(gpu, monkeypatch):
+    env = envs.make("halfcheetah", physics="mjx")
+    monkeypatch.setattr(estimates, "of", lambda env: estimates.Cost(2_857, 10_000.0))
+    monkeypatch.setattr(worlds.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    args = SimpleNamespace(num_envs=8, utd_ratio=1.0)
+    few, many = (worlds.described(args, env, n) for n in (5, 500))
+    # 40 worlds on 16 cores take 0.25 ms. 4,000 worlds take 25 ms, MJX 3.9 times its 4 to 8.3 ms.
+    assert few == (
+        "40 worlds (8 for each of 5 runs) on mjx: a step of all takes an estimated 4 to 8.3 ms, 70 to 77 % of the "
+        "time online; --physics mujoco is estimated to be faster for so few worlds"
+    )
+    assert "an estimated 16 to 32 ms" in many and "faster" not in many
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert worlds.described(args, env, 5) == "40 worlds (8 for each of 5 runs) on mjx"
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-sparse", "hopper"])
+def test_a_gpu_steps_a_thousand_worlds_in_the_time_of_one(name):
+    cost = estimates.of(envs.make(name))
+    least, most = cost.mjx_ms(1)
+    assert (
+        cost.mjx_ms(1_000) == (least, most) and cost.mjx_ms(2_048) == (2 * least, 2 * most) and least < most
+    )
+    assert cost.mujoco_ms(1, 16) == cost.mujoco_ms(16, 16) and cost.mujoco_ms(32, 16) == 2 * cost.mujoco_ms(
+        16, 16
+    )
+
+
+def test_what_has_no_estimate_has_none():
+    assert estimates.of(envs.make("maze2d-large")) is None
+
+
+def test_options_for_a_gpu_are_those_that_xla_knows_and_the_user_does_not_set(monkeypatch):
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
+    asked = []
+
+    def compile_it(compiler_options):
+        asked.append(compiler_options)
+        return lowered.compile(compiler_options=compiler_options)
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_min_graph_size=9")
+    monkeypatch.setitem(program.GPU_OPTIONS, "xla_gpu_of_yesterday", True)
+    ours = program.compile_for(SimpleNamespace(compile=compile_it), "gpu")
+    assert ours(jnp.ones(2)).tolist() == [2, 2]
+    kept = {"xla_gpu_command_buffer_scheduling_mode", "xla_gpu_enable_command_buffer"}
+    assert set(asked[0]) == kept | {"xla_gpu_of_yesterday"} and set(asked[-1]) == kept
+    program.compile_for(SimpleNamespace(compile=compile_it), "cpu")
+    assert asked[-1] is None
