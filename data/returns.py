@@ -5,6 +5,7 @@ truncation, so `bootstrap` says what is taken. "last": the row's reward, for eve
 seen so far, for ever. "zero": nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -54,6 +55,8 @@ def check_returns(session: Any) -> None:
     args, card = session.args, session.card
     if args.mc_bootstrap != "zero" and (session.hyper.discount >= 1).any():
         raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
+    if math.isfinite(args.end_reward):
+        raise UsageError("--end-reward must be inf or -inf here: the floor is the return of a whole episode")
     if card.get("ordered") is False:
         raise UsageError(
             f"--dataset {card['id']}: its rows are in no order, so the return of an episode cannot be known; "

@@ -32,7 +32,7 @@ from ooo_rl.data.errors import Stopped, UsageError
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import memory, processes, report, worlds
+from ooo_rl.data.runs import ends, memory, processes, report, worlds
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
 from ooo_rl.data.runs.folder import (
@@ -114,6 +114,8 @@ class Session:
             if self.folder:
                 check_same(self.path, self.card)
             self.env = env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
+            if env and self.args.end_reward != ends.AS_GIVEN:
+                self.env = env = ends.EndsByReward(env, self.args.end_reward)
             self.obs_size = env.observation_size if env else rows.obs.shape[1]
             self.action_size = env.action_size if env else rows.action.shape[1]
             check_eval_env(self.args, self.obs_size, self.action_size)
@@ -561,7 +563,7 @@ def load_dataset(args: Any) -> Dataset | None:
         env = envs.make(args.env, args.physics)
         check_fits(data, env.observation_size, env.action_size, args.env)
     print_card(data.card)
-    return data
+    return data if args.end_reward == ends.AS_GIVEN else ends.by_reward(data, args.end_reward)
 
 
 def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None]:

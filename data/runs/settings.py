@@ -27,7 +27,7 @@ from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import processes, worlds
+from ooo_rl.data.runs import ends, processes, worlds
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
@@ -145,6 +145,9 @@ class Experiment(metaclass=InForce):
     """online rows kept, a multiple of num_envs; 0: all"""
     batch_size: Size = 256
     """rows of a batch"""
+    end_reward: Number = ends.AS_GIVEN
+    """rows that pay at least this, before scaling, end the return, and no others do (inf: none); -inf: the
+    data and the environment say where it ends"""
 
 
 def launch(args_type: type, train: Callable[[Any], Any]) -> None:
@@ -342,6 +345,8 @@ def check(args: Any) -> None:
             raise UsageError(
                 "--export needs online steps, and a buffer that holds all of them (--buffer-size 0)"
             )
+        if args.end_reward != ends.AS_GIVEN:
+            raise UsageError("--export writes the environment's own ends, and so needs --end-reward=-inf")
         for label in labels:
             check_free(export_id(args, label))
 
