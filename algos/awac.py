@@ -183,7 +183,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     next_action = act(nets, actor, batch.next_obs, next_key)
     next_q = nets.critic.apply(agent.target_critic, batch.next_obs, next_action).min(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.minimum(task_reward + hyper.discount * hyper.continues(batch) * next_q, hyper.target_max)
+    target_q = jnp.minimum(task_reward + hyper.discount * batch.discount * next_q, hyper.target_max)
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 

@@ -255,7 +255,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Rows, key: jax.Arr
     next_v = jnp.take_along_axis(next_q, best, axis=0)[0]
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
+    target_q = task_reward + hyper.discount * batch.discount * next_v
     target_q = jnp.clip(target_q, hyper.target_min, hyper.target_max)
     candidates = draw_candidates(static, agent.actor.params, batch, candidate_key)
     # The least that Q counts for at each candidate: R(s), for uniform ones if asked; none for the data's own.

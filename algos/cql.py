@@ -240,7 +240,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     next_v = jnp.take_along_axis(next_q, best, axis=0)[0]
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
+    target_q = task_reward + hyper.discount * batch.discount * next_v
     candidates = draw_candidates(static, agent.actor.params, batch, candidate_key)
     diff_clip = hyper.diff_clip_min, hyper.diff_clip_max
     multiplier = jnp.clip(jnp.exp(agent.alpha_prime.params), 0.0, 1e6) if args.lagrange else 1.0

@@ -181,7 +181,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
+    target_q = task_reward + hyper.discount * batch.discount * next_v
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 

@@ -266,7 +266,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Rows, bonus, q_bou
     target_critics = partial(nets.critic.apply, agent.target_critic, batch.next_obs)
     next_v = jax.vmap(target_critics)(next_action).min(axis=1).max(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.clip(task_reward + hyper.discount * hyper.continues(batch) * next_v, *q_bounds) + bonus
+    target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
     candidates = draw_candidates(static, agent.actor.params, batch, candidate_key)
     # The least that Q counts for at each candidate: R(s), for uniform ones if asked; none for the data's own.
     free, n = jnp.full_like(batch.mc_return, -jnp.inf), args.num_samples

@@ -200,7 +200,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.clip(task_reward + hyper.discount * hyper.continues(batch) * next_v, *q_bounds) + bonus
+    target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 

@@ -236,7 +236,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batches: Transition, bonus, q
         asked = jax.tree.map(lambda p: p[subset], target_critic)  # the other critics cost nothing
         next_q = nets.target.apply(asked, batch.next_obs, next_action).min(axis=0)
         task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-        decay = hyper.discount * hyper.continues(batch)
+        decay = hyper.discount * batch.discount
         entropy = -hyper.backup_entropy * alpha * next_log_prob
         target_q = jnp.clip(task_reward + decay * next_q, *q_bounds) + decay * entropy + bonus
         rows = nets, batch.obs, batch.action

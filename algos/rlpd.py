@@ -225,7 +225,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batches: Transition, bonus: j
         next_q = nets.target.apply(asked, batch.next_obs, next_action).min(axis=0)
         next_v = next_q - hyper.backup_entropy * alpha * next_log_prob
         reward = hyper.reward_scale * batch.reward + hyper.reward_bias + bonus
-        target_q = reward + hyper.discount * hyper.continues(batch) * next_v
+        target_q = reward + hyper.discount * batch.discount * next_v
         rows = nets, batch.obs, batch.action
         loss, critic = critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
         target_critic = optax.incremental_update(critic.params, target_critic, hyper.target_rate)

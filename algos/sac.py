@@ -180,7 +180,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     next_v = next_q - hyper.backup_entropy * alpha * next_log_prob
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_v
+    target_q = task_reward + hyper.discount * batch.discount * next_v
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 

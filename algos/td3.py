@@ -216,7 +216,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     next_action = target_action(nets, hyper, agent, batch.next_obs, next_key)
     next_q = nets.critic.apply(agent.target_critic, batch.next_obs, next_action).min(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = jnp.clip(task_reward + hyper.discount * hyper.continues(batch) * next_q, *q_bounds) + bonus
+    target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_q, *q_bounds) + bonus
     rows = nets, batch.obs, batch.action
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
 

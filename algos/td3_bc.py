@@ -202,7 +202,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     next_action = act(nets, agent.target_actor, batch.next_obs, key, *noise)
     next_q = nets.critic.apply(agent.target_critic, batch.next_obs, next_action).min(axis=0)
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
-    target_q = task_reward + hyper.discount * hyper.continues(batch) * next_q
+    target_q = task_reward + hyper.discount * batch.discount * next_q
     loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
 
     given = nets, critic.params, *rows, hyper.alpha

@@ -5,6 +5,7 @@ truncation, so `bootstrap` says what is taken. "last": the row's reward, for eve
 seen so far, for ever. "zero": nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -36,16 +37,10 @@ def without_returns(rows: Transition | None) -> Rows | None:
 def offline_returns(hyper: Any, offline: Transition, truncation: jax.Array, bootstrap: str) -> jax.Array:
     """The return [N] of each row of whole episodes, one after the other, some ended by a `truncation` [N]."""
     reward = hyper.reward_scale * offline.reward + hyper.reward_bias
-    cut = cut_off(hyper, 1 - offline.discount, truncation)
-    own = reward + hyper.discount * value_after(hyper, reward, cut, reward.min(), bootstrap)
-    decay = hyper.discount * hyper.continues(offline) * (1 - cut)
+    own = reward + hyper.discount * value_after(hyper, reward, truncation, reward.min(), bootstrap)
+    decay = hyper.discount * offline.discount * (1 - truncation)
     join = lambda later, row: (row[0] + row[1] * later[0], row[1] * later[1])  # noqa: E731
     return jax.lax.associative_scan(join, (own, decay), reverse=True)[0]
-
-
-def cut_off(hyper: Any, termination: jax.Array, truncation: jax.Array) -> jax.Array:
-    """1 for rows [...] that end an episode, but not its return; with --end-reward inf these are all ends."""
-    return jnp.where(hyper.end_reward == jnp.inf, jnp.maximum(termination, truncation), truncation)
 
 
 def value_after(hyper: Any, reward: jax.Array, truncation: jax.Array, least: jax.Array, bootstrap: str):
@@ -60,8 +55,8 @@ def check_returns(session: Any) -> None:
     args, card = session.args, session.card
     if args.mc_bootstrap != "zero" and (session.hyper.discount >= 1).any():
         raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
-    if jnp.isfinite(session.hyper.end_reward).any():
-        raise UsageError("--end-reward must be inf or -inf here: the returns of whole episodes are the floor")
+    if math.isfinite(args.end_reward):
+        raise UsageError("--end-reward must be inf or -inf here: the floor is the return of a whole episode")
     if card.get("ordered") is False:
         raise UsageError(
             f"--dataset {card['id']}: its rows are in no order, so the return of an episode cannot be known; "
@@ -102,13 +97,12 @@ class Returns:
         """
         num_slots, (horizon, n) = size(ring), self.so_far.shape
         reward = hyper.reward_scale * reached.reward + hyper.reward_bias
-        broken, ended = reached.info["broken"] > 0, reached.done > 0
-        cut = cut_off(hyper, reached.info["termination"], reached.info["truncation"])
+        broken, ended, truncation = reached.info["broken"] > 0, reached.done > 0, reached.info["truncation"]
         least = jnp.minimum(self.least, jnp.min(reward, where=~broken, initial=jnp.inf))
         age = self.rows - jnp.arange(horizon)[:, None]  # of each row of the episode; negative: still to come
         faded = hyper.discount ** jnp.maximum(age, 0)
         so_far = jnp.where(age > 0, self.so_far, 0.0) + jnp.where(age >= 0, faded * reward, 0.0)
-        whole = so_far + faded * hyper.discount * value_after(hyper, reward, cut, least, bootstrap)
+        whole = so_far + faded * hyper.discount * value_after(hyper, reward, truncation, least, bootstrap)
         kept = (age >= 0) & (age < num_slots // n)  # newer rows have taken the places of older ones
         slot = (added + jnp.arange(n) - age * n) % num_slots
         slot = jnp.where(kept & ended & ~broken, slot, num_slots)

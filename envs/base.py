@@ -5,7 +5,8 @@ An environment has two pure functions, `reset(key) -> State` and `step(state, ac
 In addition to brax's contract:
 
 * `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a
-  truncation, the value of the next observation still counts. `done` is the maximum of the two.
+  truncation, the value of the next observation still counts. `done` is the maximum of the two (but see
+  `--end-reward`, which can end a return within an episode).
 * `info["broken"]`: float32 0/1, whether the physics gave a number that is not finite, or one beyond
   `BROKEN`. The episode is truncated there. Its last observation and reward are placeholders (the previous
   observation, and 0), and no learner may train on them.

@@ -138,12 +138,6 @@ def test_settings_of_families_are_settings_of_the_script(script):
             assert fits(value, kinds[name]), f"{family}: {name} is {kinds[name]}, not {value!r}"
 
 
-def test_the_target_asks_the_settings_where_a_return_ends(script):
-    """Not the rows alone: --end-reward may know better."""
-    text = pathlib.Path(script.__file__).read_text()
-    assert text.count("hyper.continues(batch)") == 1 and "batch.discount" not in text
-
-
 def of_family(script, env):
     """What FAMILIES say of an environment, the longer prefix last."""
     found, families = {}, families_of(script)

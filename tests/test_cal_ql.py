@@ -116,29 +116,6 @@ def test_offline_returns_are_sums_to_the_end_of_each_episode(mode):
         np.testing.assert_allclose(ours[run], expected, rtol=1e-4, atol=1e-4)
 
 
-@MODES
-def test_where_no_row_ends_the_return_an_end_in_the_data_is_a_truncation(mode):
-    rng, n = np.random.default_rng(2), 30
-    ends = np.array(random_ends(rng, n, 8, ["termination", "truncation"]))
-    termination, truncation = (np.float32(ends == kind) for kind in ("termination", "truncation"))
-    raw, obs = np.float32(rng.normal(size=n)), np.zeros((n, 1), np.float32)
-    rows, endless = Transition(obs, obs, raw, obs, 1 - termination), cal_ql.Hyper(end_reward=jnp.inf)
-    cut = Transition(obs, obs, raw, obs, np.ones(n, np.float32)), termination + truncation
-    np.testing.assert_array_equal(
-        returns.offline_returns(endless, rows, truncation, mode),
-        returns.offline_returns(cal_ql.Hyper(), *cut, mode),
-    )
-    start = returns.Returns(None, jnp.ones((5, 1)), jnp.array([3]), jnp.float32(-2))
-    ring = returns.Rows(None, None, None, None, None, jnp.full(8, -jnp.inf))
-    made = []
-    for hyper, ended, cut in ((endless, 1.0, 0.0), (cal_ql.Hyper(), 0.0, 1.0)):
-        flags = {"termination": jnp.array([ended]), "truncation": jnp.array([cut]), "broken": jnp.zeros(1)}
-        reached = SimpleNamespace(reward=jnp.array([0.5]), done=jnp.ones(1), info=flags)
-        made.append(start.record(hyper, ring, reached, 3, mode)[0].mc_return)
-    np.testing.assert_array_equal(*made)
-    assert np.isfinite(made[0]).sum() == 4
-
-
 def test_sparse_failures_are_worth_what_the_official_code_says():
     """A trajectory of rewards r_neg that is cut off is worth r_neg / (1 - discount) from its first row on."""
     reward, zeros = np.full(50, -1, np.float32), np.zeros((50, 1), np.float32)
@@ -294,7 +271,5 @@ def test_what_has_no_returns_is_refused():
     with pytest.raises(UsageError, match="--mc-bootstrap last needs a --discount below 1"):
         returns.check_returns(session())
     returns.check_returns(session(mc_bootstrap="zero"))
-    with pytest.raises(UsageError, match="--end-reward must be inf or -inf here"):
-        returns.check_returns(session(mc_bootstrap="zero", end_reward=4.0))
     with pytest.raises(UsageError, match="--dataset mine: its rows are in no order"):
         returns.check_returns(session(ordered=False, mc_bootstrap="zero"))

@@ -277,7 +277,7 @@ def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, d
     session = SimpleNamespace(
         folder=None, path=tmp_path, method="iql", task="it", labels=labels, num_runs=4,
         args=SimpleNamespace(max_q=10.0), failed={}, phases={}, plan=[], env=None, data=None, largest_reward=[1.0] * 4,
-        hyper=SimpleNamespace(discount=np.full(4, 0.9)),
+        discount=np.full(4, 0.9),
     )  # fmt: skip
     session.q_limit = lambda r: Session.q_limit(session, r)
     assert session.q_limit(0) == pytest.approx(100.0)  # 10 times the largest reward, 1, over 1 - discount

@@ -156,21 +156,6 @@ def test_update_of_iql():
         mostly_close(params_of(ours, name), theirs)
 
 
-def test_returns_end_after_rows_that_pay_enough_and_after_no_others():
-    nets, agent, batch, _ = make(iql)
-    pays = float(np.median(batch.reward))
-    stored = batch.replace(discount=np.float32(batch.reward < pays))
-
-    def slope(rows, end_reward):
-        hyper = iql.Hyper(**SETTINGS, end_reward=end_reward)
-        return iql.update(nets, hyper, agent, rows, jax.random.PRNGKey(0))[0].critic.opt.mu
-
-    for rows, end_reward in ((stored, pays), (batch.replace(discount=np.ones_like(batch.reward)), np.inf)):
-        jax.tree.map(np.testing.assert_array_equal, slope(batch, end_reward), slope(rows, -np.inf))
-        differs = jax.tree.map(lambda a, b: (a != b).any(), slope(batch, end_reward), slope(batch, -np.inf))
-        assert any(jax.tree.leaves(differs))
-
-
 @pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (-0.5, 0.4)])
 def test_update_of_ooo_iql(low, high):
     nets, agent, batch, rng = make(ooo_iql)

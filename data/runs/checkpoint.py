@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ooo_rl.data.errors import DISK_FULL, UsageError
+from ooo_rl.data.runs import processes
 from ooo_rl.data.runs.settings import read_config
 from ooo_rl.data.runs.sweep import RunLabel
 
@@ -20,8 +21,12 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, create=False, multiprocessing_options=_all()
+        )
+        path = (folder / "checkpoints").absolute()
+        path.mkdir(exist_ok=True)
+        self.manager = ocp.CheckpointManager(path, options=options)
 
     def save(self, position: int, state: Any, host: dict) -> None:
         """Writes a checkpoint after `position` chunks of the plan, whole or not at all.
@@ -51,7 +56,8 @@ class Checkpoints:
         if position is None:
             return None
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        if num_runs < len(jax.tree.leaves(state)[0]):
+        first = jax.tree.leaves(state)[0]
+        if num_runs < len(first) or isinstance(first, np.ndarray):
             template = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), template)
         what = ocp.args.Composite(state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore())
         try:
@@ -68,9 +74,17 @@ class Checkpoints:
         self.manager.close()
 
 
+def _all() -> ocp.options.MultiprocessingOptions:
+    """All processes, by name. Orbax then lets them wait for one another for five minutes, not for ever."""
+    several = processes.are_several()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())) if several else None
+    )
+
+
 def save_for_inspection(path: pathlib.Path, state: Any) -> None:
     """Writes `state` apart from the run's checkpoints."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_all()) as checkpointer:
         checkpointer.save(path.absolute(), state, force=True)
 
 
@@ -121,11 +135,12 @@ def _restored(flag: str, folder: str) -> tuple[dict, dict]:
         raise UsageError(f"{flag}: there is no checkpoint yet")
     last = path / str(max(steps))
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        trees = ocp.PyTreeCheckpointHandler(multiprocessing_options=_all())
+        with ocp.Checkpointer(trees, multiprocessing_options=_all()) as checkpointer:
             metadata = checkpointer.metadata(last / "state").item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             state = checkpointer.restore(last / "state", restore_args=as_numpy)
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_all()) as checkpointer:
             host = checkpointer.restore(last / "host")
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(f"{flag}: its checkpoint is damaged ({str(error).splitlines()[0][:200]})") from None

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.program import Compiled
+from ooo_rl.data.runs import processes
+from ooo_rl.data.runs.program import RUNS, Compiled, place, real
 from ooo_rl.envs.base import Env
 from ooo_rl.envs.rollout import rollout
 
@@ -44,14 +45,15 @@ class Evaluator:
     before the first call.
     """
 
-    def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh):
+    def __init__(self, args: Any, env: Env | None, act: Callable, mesh: Mesh, room: int | None = None):
         self.args, self.env = args, env
-        self.act = Compiled(act, mesh)
+        self.act = Compiled(act, Mesh(processes.own_devices(mesh), ("runs",)), room=room)
 
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
 
-        self.rollout = Compiled(play, mesh, options=getattr(env, "compiler_options", None))
+        options = getattr(env, "compiler_options", None)
+        self.rollout = Compiled(play, mesh, room=room, options=options)
 
     @property
     def possible(self) -> bool:
@@ -70,14 +72,19 @@ class Evaluator:
         position[np.arange(position.shape[2]) > tally["length"][..., None]] = np.nan
         return position
 
-    def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, np.ndarray]:
+    def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, Any]:
         if not self.args.eval_env:
-            return jax.device_get(self.rollout(actors, keys, record=record))
-        place = keys.sharding
+            return self.rollout(actors, keys, record=record)
+        if processes.are_several():  # each plays all episodes: none can then wait for another's step
+            actors = place(real(actors, len(keys)), self.act.mesh, RUNS)
+        places = NamedSharding(self.act.mesh, RUNS)
+        num_policies = len(jax.tree.leaves(actors)[0])
 
         def act(obs: np.ndarray) -> np.ndarray:
-            return np.asarray(self.act(actors, jax.device_put(np.float32(obs), place)))
+            return np.asarray(self.act(actors, jax.device_put(np.float32(obs), places)))
 
         from ooo_rl.envs import gymnasium_eval
 
-        return gymnasium_eval.evaluate(self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, len(keys))
+        return gymnasium_eval.evaluate(
+            self.args.eval_env, act, self.args.eval_episodes, EVAL_SEED, num_policies
+        )

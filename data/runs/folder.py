@@ -90,6 +90,28 @@ class RunFolder:
             self.lock.close()
 
 
+class NoFolder(RunFolder):
+    """The folder as it is to the processes that do not write it."""
+
+    def __init__(self, path: pathlib.Path, labels: list[RunLabel]):
+        self.path, self.labels, self.paths = path, labels, {}
+
+    def log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def keep_paths(self, phase: str, paths: np.ndarray) -> None:
+        pass
+
+    def go_back(self, metrics_bytes: int | None, phases: dict) -> None:
+        pass
+
+    def synced(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def task_of(args: Any) -> str:
     """The name of what a run learns, in a form that one folder can have."""
     name = args.env if args.env != "none" else (args.eval_env or pathlib.PurePath(args.dataset).stem)

@@ -1,26 +1,29 @@
 """Turns the function of one run into one compiled program for all runs.
 
-Runs are seeds and swept values. They are spread over the devices: each device holds equally many. On an
-accelerator a device computes its runs at once (`vmap`). On a CPU each core is a device, and computes its runs
-in turn: more at once would only push one another out of its caches. A run then has the same bits whatever
-runs are beside it. A function that calls the host (the C engine) gets all runs of a device at once there too,
-because one call for many worlds costs less than many calls.
+Runs are seeds and swept values. They are spread over the devices, those of all processes if there are
+several (`processes`): each device holds equally many. On an accelerator a device computes its runs at once
+(`vmap`). On a CPU each core is a device, and computes its runs in turn: more at once would only push one
+another out of its caches. A run then has the same bits whatever runs are beside it. A function that calls
+the host (the C engine) gets all runs of a device at once there too, because one call for many worlds costs
+less than many calls.
 """
 
 import inspect
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ooo_rl.data.modes import usual_promotion
+from ooo_rl.data.runs import processes
 
 # For a GPU: kernels that do not need one another run at once, and loops are part of CUDA graphs, also those
 # that end when their data say so. XLA's defaults start all kernels in one order, and leave loops to the host.
@@ -37,10 +40,14 @@ SHARED = ("offline", "truncation", "added")  # names of the arguments that are t
 
 
 def mesh_for(num_runs: int, devices: list | None = None) -> Mesh:
-    """As many of the `devices` (all that are visible) as are needed, if each holds equally many runs."""
-    devices = jax.devices() if devices is None else devices
+    """As many of the `devices` (all that are visible) as are needed, if each holds equally many runs.
+
+    Each process has one of them at least, because all take part in every program.
+    """
+    devices = processes.in_turn(jax.devices() if devices is None else devices)
     per_device = math.ceil(num_runs / len(devices))
-    return Mesh(devices[: math.ceil(num_runs / per_device)], ("runs",))
+    needed = max(math.ceil(num_runs / per_device), len({device.process_index for device in devices}))
+    return Mesh(devices[:needed], ("runs",))
 
 
 def place(tree, mesh: Mesh, spec: PartitionSpec):
@@ -50,18 +57,32 @@ def place(tree, mesh: Mesh, spec: PartitionSpec):
     """
     if spec == RUNS:
         tree = jax.tree.map(lambda x: filled(x, mesh.size), tree)
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    sharding = NamedSharding(mesh, spec)
+    if not processes.are_several():
+        return jax.device_put(tree, sharding)
+
+    def part(x):  # each process has all of `x`, and gives its own devices what is theirs
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x  # it is in its place already
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(part, tree)
 
 
 def filled(x: jax.Array, size: int) -> jax.Array:
     """`x` with its last row repeated until `size` divides the number of rows."""
-    missing = -len(x) % size
-    return jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+    missing, of = -len(x) % size, np if isinstance(x, np.ndarray) else jnp
+    return of.concatenate([x, of.repeat(x[-1:], missing, axis=0)]) if missing else x
 
 
 def real(tree, num_runs: int):
-    """`tree` [places, ...] on the host, without the copies that fill the devices: [runs, ...]."""
-    return jax.tree.map(lambda x: x[:num_runs], jax.device_get(tree))
+    """`tree` [places, ...] on the host, without the copies that fill the devices: [runs, ...].
+
+    Of several processes each has all of it, so each must ask. An array at a time then passes, whole, through
+    the memory of every device.
+    """
+    tree = jax.tree.map(processes.on_host, tree) if processes.are_several() else jax.device_get(tree)
+    return jax.tree.map(lambda x: x[:num_runs], tree)
 
 
 def at_once(function: Callable, axes: tuple[int | None, ...]) -> Callable:
@@ -107,8 +128,13 @@ def in_turn(function: Callable, axes: tuple[int | None, ...], keeps_state: bool)
     return mapped
 
 
-def _count(arguments: tuple, axes: tuple[int | None, ...]) -> int:
+def _count(arguments: Sequence, axes: tuple[int | None, ...]) -> int:
     return jax.tree.leaves([a for a, axis in zip(arguments, axes) if axis == 0])[0].shape[0]
+
+
+def _rows(rows: slice, size: int, x: np.ndarray) -> np.ndarray:
+    """These rows of `x`, filled up to `size`."""
+    return filled(x[rows], size)
 
 
 def _one(r: Any, arguments: tuple, axes: tuple[int | None, ...]) -> list:
@@ -158,6 +184,9 @@ class Compiled:
     Keyword arguments are compile-time constants: each new combination compiles once, ahead of time;
     `compile_seconds` and `run_seconds` add up what compiling and running took. `options` are those of XLA's
     compiler.
+
+    If there is `room` for fewer runs than are given, they take turns on the devices, so many at once. The
+    results are then NumPy arrays on the host.
     """
 
     def __init__(
@@ -165,9 +194,11 @@ class Compiled:
         function: Callable,
         mesh: Mesh,
         shared: tuple[str, ...] = SHARED,
+        room: int | None = None,
         options: dict[str, Any] | None = None,
     ):
-        self.function, self.mesh, self.shared, self.options = function, mesh, shared, options
+        self.function, self.mesh, self.shared, self.room = function, mesh, shared, room
+        self.options = options
         self.names = [
             p.name for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY
         ]
@@ -180,7 +211,7 @@ class Compiled:
         key = tuple(sorted(static.items()))
         if key not in self.programs:
             began = time.perf_counter()
-            axes = tuple(None if name in self.shared else 0 for name in self.names[: len(arguments)])
+            axes = self._axes(arguments)
             function, specs = (
                 partial(self.function, **static),
                 tuple(EVERYWHERE if a is None else RUNS for a in axes),
@@ -210,6 +241,34 @@ class Compiled:
         arguments = [
             place(jnp.int32(x), self.mesh, EVERYWHERE) if isinstance(x, int) else x for x in arguments
         ]
+        if self.room and self.room < (num_runs := _count(arguments, self._axes(arguments))):
+            return self._in_turns(arguments, static, num_runs)
+        return self._run(arguments, static)
+
+    def _axes(self, arguments: Sequence) -> tuple[int | None, ...]:
+        return tuple(None if name in self.shared else 0 for name in self.names[: len(arguments)])
+
+    def _in_turns(self, arguments: Sequence, static: dict, num_runs: int):
+        """`room` runs, then the next ones. What there is of the others waits in the memory of the host."""
+        axes, results = self._axes(arguments), None
+        arguments = [
+            a if axis is None else jax.tree.map(processes.on_host, a) for a, axis in zip(arguments, axes)
+        ]
+        for start in range(0, num_runs, self.room):
+            rows = slice(start, min(start + self.room, num_runs))
+            own = [
+                a
+                if axis is None
+                else place(jax.tree.map(partial(_rows, rows, self.room), a), self.mesh, RUNS)
+                for a, axis in zip(arguments, axes)
+            ]
+            found = real(self._run(own, static), rows.stop - start)
+            if results is None:
+                results = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), found)
+            jax.tree.map(lambda all_, new, rows=rows: all_.__setitem__(rows, new), results, found)
+        return results
+
+    def _run(self, arguments: Sequence, static: dict):
         program = self.program(*arguments, **static)
         began = time.perf_counter()
         with usual_promotion():

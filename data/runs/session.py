@@ -1,6 +1,8 @@
 """One run of a method, from its settings to its folder: what every method needs, and no method is about."""
 
 import contextlib
+import hashlib
+import inspect
 import json
 import pathlib
 import signal
@@ -30,10 +32,11 @@ from ooo_rl.data.errors import Stopped, UsageError
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import report, worlds
+from ooo_rl.data.runs import ends, memory, processes, report, worlds
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
 from ooo_rl.data.runs.folder import (
+    NoFolder,
     RunFolder,
     create,
     finite_or_none,
@@ -44,10 +47,10 @@ from ooo_rl.data.runs.folder import (
     write_json,
 )
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
-from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, mesh_for, place, real, scan_mean
-from ooo_rl.data.runs.settings import read_config, resolved
+from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, filled, mesh_for, place, real, scan_mean
+from ooo_rl.data.runs.settings import read_config, resolved, to_json
 from ooo_rl.data.runs.sweep import grid
-from ooo_rl.data.runs.tracking import open_tracker
+from ooo_rl.data.runs.tracking import Tracker, open_tracker
 
 __all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"]  # what scripts use
 
@@ -90,39 +93,47 @@ class Session:
     data: the dataset or None. offline: its rows on the device. truncation [N]: its rows that end an episode
     without a termination. env: the environment or None. example: one row of experience, all zero.
 
-    Everything that a user can mend is refused here, before anything compiles and before a folder is made.
+    Everything that a user can mend is refused here, before anything compiles and before a folder is made. If
+    several processes run this, each has a session, with the same values but for clocks; see `processes`.
     """
 
     def __init__(self, method: str, args: Any, make_plan: Callable[[Any], list[Phase]]):
         self.began = time.perf_counter()
-        self.method, self.args = method, worlds.chosen(resolved(args), make_plan)
-        self.console = Console()
-        self.task = task_of(self.args)
-        hyper, self.labels = grid(self.args)
-        self.plan = cut(self.args, make_plan(self.args))
-        self.folder = RunFolder(pathlib.Path(self.args.resume), self.labels) if self.args.resume else None
-        self.path = self.folder.path if self.folder else place_of(method, self.args)
+        with processes.together():
+            self.method, self.args = method, worlds.chosen(resolved(args), make_plan)
+            self.console = Console()
+            self.task = task_of(self.args)
+            hyper, self.labels = grid(self.args)
+            self.plan = cut(self.args, make_plan(self.args))
+            self._find_folder()
         with usual_promotion():
-            self.data = load_dataset(self.args)
+            self.data = processes.first_and_then_others(partial(load_dataset, self.args))
         self.card = self.data.card if self.data else {"id": "none"}
-        if self.folder:
-            check_same(self.path, self.card)
-        self.env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
-        rows, env = self.data and self.data.transitions, self.env
-        self.obs_size = env.observation_size if env else rows.obs.shape[1]
-        self.action_size = env.action_size if env else rows.action.shape[1]
-        check_eval_env(self.args, self.obs_size, self.action_size)
+        rows = self.data and self.data.transitions
+        with processes.together():
+            if self.folder:
+                check_same(self.path, self.card)
+            self.env = env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
+            if env and self.args.end_reward != ends.AS_GIVEN:
+                self.env = env = ends.EndsByReward(env, self.args.end_reward)
+            self.obs_size = env.observation_size if env else rows.obs.shape[1]
+            self.action_size = env.action_size if env else rows.action.shape[1]
+            check_eval_env(self.args, self.obs_size, self.action_size)
+        self._agree()
         obs, action, scalar = jnp.zeros(self.obs_size), jnp.zeros(self.action_size), jnp.float32(0)
         self.example = Transition(obs, action, scalar, obs, scalar)
         self.num_runs = len(self.labels)
         self.mesh = self._layout()
         if self.args.online_steps and getattr(self.env, "backend", "jax") != "jax":
             self.console.print(worlds.described(self.args, self.env, self.num_runs))
+        self.discount = np.asarray(hyper.discount)
         self.hyper = place(hyper, self.mesh, RUNS)
         self.offline = place(rows, self.mesh, EVERYWHERE)
         self.truncation = place(self.data and self.data.truncation, self.mesh, EVERYWHERE)
         first_keys = jnp.stack([jax.random.PRNGKey(label.seed) for label in self.labels])
         self.keys = place(first_keys, self.mesh, RUNS)
+        # Apart from the keys of training; the same starts for every phase and step.
+        self.eval_keys = place(jax.vmap(lambda key: jax.random.fold_in(key, 1))(first_keys), self.mesh, RUNS)
         self.programs: list[Compiled] = []
         self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
         self.failed: dict[int, str] = {}  # run -> why it was stopped
@@ -130,13 +141,35 @@ class Session:
         self.work = dict.fromkeys(("updates", "env_steps", "broken_worlds", "run", "online"), 0.0)
         self.before = dict.fromkeys(("wall", "compile", *self.work), 0.0)  # a resumption
         self.stopping: signal.Signals | None = None
+        self.tracker: Tracker = lambda *_: None
+
+    def _find_folder(self) -> None:
+        """The folder to go on with, locked, or None; and the path of the folder, which process 0 chooses."""
+        self.folder, self.path = None, pathlib.Path(self.args.resume)
+        if self.args.resume:
+            self.folder = self._opened()
+        elif processes.is_first():
+            self.path = place_of(self.method, self.args)
+
+    def _opened(self) -> RunFolder:
+        return (RunFolder if processes.is_first() else NoFolder)(self.path, self.labels)
+
+    def _agree(self) -> None:
+        """Makes sure that all processes run the same; those after the first learn its path."""
+        if processes.are_several():
+            settings = json.dumps([self.method, to_json(self.args)], default=str)
+            processes.check_same({
+                "setting": hashlib.sha256(settings.encode()).hexdigest(),
+                "dataset": self.card.get("sha256"), "version of Python or of a package": versions(),
+            })  # fmt: skip
+            self.path = pathlib.Path(processes.texts(str(self.path))[0])
 
     def _layout(self) -> Mesh:
         """The devices that the runs are on. Says so where some device, or some place on it, stays idle."""
         devices = jax.devices()
         if devices[0].platform == "cpu" and getattr(self.env, "backend", "").startswith("mjx"):
             # LAPACK's calls on two devices would wait for one another's threads: see envs/engines/euler.py.
-            return mesh_for(self.num_runs, devices[:1])
+            return mesh_for(self.num_runs, processes.in_turn(devices)[: jax.process_count()])
         mesh = mesh_for(self.num_runs)
         idle = -self.num_runs % mesh.size
         if idle or (mesh.size < len(devices) and devices[0].platform != "cpu"):
@@ -168,11 +201,36 @@ class Session:
         return self.hyper
 
     def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
-        """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`)."""
+        """Each `function(static, ...)` of one run, for all runs at once (see `Compiled`).
+
+        The first one makes a run's state. If the devices have no room for all of them, the runs take turns.
+        """
+        given = {"offline": self.offline, "truncation": self.truncation}
+        of_one = {"hyper": self.hyper, "key": self.keys}
+        given |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), of_one)
+        start = partial(functions[0], static)
+        with usual_promotion():
+            state = jax.eval_shape(start, *(given[name] for name in inspect.signature(start).parameters))
+        self.room = memory.room(self.args, self.num_runs, self.mesh, state)
+        if self.room < self.num_runs:
+            self.console.print(
+                f"{self.num_runs} runs take turns on the devices, {self.room} at once; the others wait in "
+                "the host's memory",
+                soft_wrap=True,
+            )
         options = getattr(self.env, "compiler_options", None)
-        compiled = [Compiled(partial(function, static), self.mesh, options=options) for function in functions]
+        compiled = [
+            Compiled(partial(function, static), self.mesh, room=self.room, options=options)
+            for function in functions
+        ]
         self.programs += compiled
         return compiled
+
+    def _placed(self, tree: Any) -> Any:
+        """`tree` [runs, ...] where its runs are: on the devices, or on the host if they take turns."""
+        if self.room < self.num_runs:
+            return jax.tree.map(lambda x: filled(np.asarray(x), self.mesh.size), tree)
+        return place(tree, self.mesh, RUNS)
 
     def begin(self, state: Any, act: Callable) -> Any:
         """Makes or opens the folder; returns the state to go on from: `state`, unless there is a checkpoint.
@@ -181,45 +239,51 @@ class Session:
         gives the actions that evaluations play.
         """
         init = self.plan[0].agent
-        self.evaluate = Evaluator(self.args, self.env, act, self.mesh)
+        self.evaluate = Evaluator(self.args, self.env, act, self.mesh, self.room)
         if self.args.init_from and not self.args.resume:
             state = self._init_from(state, init)
         if not self.args.resume:
-            command = (
-                " ".join(sys.argv)
-                if sys.argv[0].endswith(f"{self.method}.py")
-                else f"{self.method}.train(args)"
-            )
-            self.run_id = uuid.uuid4().hex[:12]
-            self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
-            create(self.path, self.method, self.args, self.card, command, self.run_id)
-            self.folder = RunFolder(self.path, self.labels)
+            processes.first_and_then_others(self._create)
         self.checkpoints = Checkpoints(self.path)
-        found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
-        if found is None:
-            if self.args.resume and self.args.init_from:
-                state = self._init_from(state, init)
-            self.done = 0
-            self.folder.go_back(None, {})
-            return self._tracked(state)
-        state, host = place(found[0], self.mesh, RUNS), found[1]
-        self.done, self.phases, self.before = host["position"], host["phases"], self.before | host["clock"]
-        self.failed = {int(r): text for r, text in host["failed"].items()}
-        self.largest_reward = host["largest_reward"]
-        self.folder.go_back(host["metrics_bytes"], self.phases)
-        return self._tracked(state)
-
-    def _tracked(self, state: Any) -> Any:
-        """Opens the tracker of a resumed run, which forgets what was logged after the checkpoint."""
-        if self.args.resume:
-            self.run_id = read_config(self.args.resume, "--resume").get("id", self.path.name)
-            self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
+        with processes.together():
+            found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
+        host: dict[str, Any] = {"position": 0, "metrics_bytes": None, "phases": {}}
+        if found:
+            state, host = self._placed(found[0]), found[1]
+            self.before, self.largest_reward = self.before | host["clock"], host["largest_reward"]
+            self.failed = {int(r): text for r, text in host["failed"].items()}
+        elif self.args.resume and self.args.init_from:
+            state = self._init_from(state, init)
+        self.done, self.phases = host["position"], host["phases"]
+        with processes.together():
+            self.folder.go_back(host["metrics_bytes"], self.phases)
+            if self.args.resume and processes.is_first():
+                # The tracker forgets what was logged after the checkpoint, too.
+                self.run_id = read_config(self.args.resume, "--resume").get("id", self.path.name)
+                self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
         return state
 
+    def _create(self) -> None:
+        """Makes the folder of a new run; the processes after the first look whether they see it."""
+        if processes.is_first():
+            self.run_id = uuid.uuid4().hex[:12]
+            script = sys.argv[0].endswith(f"{self.method}.py")
+            command = " ".join(sys.argv) if script else f"{self.method}.train(args)"
+            self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
+            create(self.path, self.method, self.args, self.card, command, self.run_id)
+        elif not processes.is_shown(self.path / "config.json"):
+            raise UsageError(
+                f"--runs-dir {self.args.runs_dir}: it does not see {self.path}, which process 0 has made; "
+                "name a folder that all machines share, at the same path"
+            )
+        self.folder = self._opened()
+
     def _init_from(self, state: Any, name: str) -> Any:
-        agent, said = load_agent(self.args.init_from, self.labels, real(getattr(state, name), self.num_runs))
+        like = real(getattr(state, name), self.num_runs)
+        with processes.together():
+            agent, said = load_agent(self.args.init_from, self.labels, like)
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
-        return state.replace(**{name: place(agent, self.mesh, RUNS)})
+        return state.replace(**{name: self._placed(agent)})
 
     # --- while it runs ---
 
@@ -260,7 +324,12 @@ class Session:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
+
+    def _asked_to_stop(self) -> signal.Signals | None:
+        """The signal to stop that this process, or another one, has got; the same in all of them."""
+        number = max(int(text) for text in processes.texts(str(int(self.stopping or 0))))
+        return signal.Signals(number) if number else None
 
     def after(self, chunk: Chunk, metrics: dict, state: Any, actor: Any = None) -> None:
         """What is due after each chunk: log, look for broken runs, evaluate, and at last save a checkpoint.
@@ -276,13 +345,16 @@ class Session:
         updates_per_step = (self.args.utd_ratio if chunk.acts else 1) * chunk.learns
         self.work["updates"] += num_runs * round(chunk.length * updates_per_step)
         self.work["env_steps"] += num_runs * chunk.length * chunk.acts
-        self._log(
-            chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
-        )
+        with processes.together():
+            self._log(
+                chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
+            )
         self._note_rewards(state.ring)
         if broken := self.find_broken(chunk, metrics, trained):
             # The run itself goes on.
-            save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", real(state, num_runs))
+            saved = real(state, num_runs)
+            with processes.together():
+                save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", saved)
             if len(self.failed) == num_runs:
                 raise UsageError(
                     f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or "
@@ -299,22 +371,25 @@ class Session:
             self._save(chunk, state)
             print(f"the evaluation failed; all before it is saved: --resume {self.path}", file=sys.stderr)
             raise
-        if chunk.save or self.stopping:
+        stopping = self._asked_to_stop()
+        if chunk.save or stopping:
             self._save(chunk, state)
-        if self.stopping:
+        if stopping:
             raise Stopped(
-                f"by {self.stopping.name} after {chunk.phase}, step {step}; go on with --resume {self.path}",
-                128 + self.stopping,
+                f"by {stopping.name} after {chunk.phase}, step {step}; go on with --resume {self.path}",
+                128 + stopping,
             )
 
     def _save(self, chunk: Chunk, state: Any) -> None:
-        host = {
-            "position": self.position, "metrics_bytes": self.folder.synced(), "phases": self.phases,
-            "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
-            "agent": chunk.agent, "largest_reward": self.largest_reward,
-        }  # fmt: skip
         even = self.num_runs % self.mesh.size == 0
-        self.checkpoints.save(self.position, state if even else real(state, self.num_runs), host)
+        state = state if even else real(state, self.num_runs)
+        with processes.together():
+            host = {
+                "position": self.position, "metrics_bytes": self.folder.synced(), "phases": self.phases,
+                "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
+                "agent": chunk.agent, "largest_reward": self.largest_reward,
+            }  # fmt: skip
+            self.checkpoints.save(self.position, state, host)
 
     def _log(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
         metrics = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
@@ -324,9 +399,7 @@ class Session:
     def _evaluate(self, chunk: Chunk, actor: Any) -> None:
         """Plays the policy; logs what came out, and keeps it as the phase's result so far."""
         step, recorded = chunk.start + chunk.length, chunk.last and self.evaluate.has_map
-        # Apart from the keys of training; the same starts for every phase and step.
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
-        tally = real(self.evaluate(actor, keys, record=recorded), self.num_runs)
+        tally = real(self.evaluate(actor, self.eval_keys, record=recorded), self.num_runs)
         measures = [name for name in (*MEASURES, "solved") if name in tally]
         result = {name: _means(tally[name]) for name in measures}
         # The score of a task with parts is that of the number of solved ones, whatever its rewards are.
@@ -337,15 +410,16 @@ class Session:
         for values in result.values():
             values[:] = [None if r in self.failed else v for r, v in enumerate(values)]
         self.phases[chunk.phase] = result
-        self._log(chunk.phase, step, {f"eval/{name}": numbers(values) for name, values in result.items()})
+        with processes.together():
+            self._log(chunk.phase, step, {f"eval/{name}": numbers(values) for name, values in result.items()})
+            if recorded:
+                self.folder.keep_paths(chunk.phase, self.evaluate.paths(tally))
         note = "  ".join(
             f"{name} {aggregates.summarise(numbers(result[name]))['iqm']:.2f}" for name in measures
         )
         self.bar.update(self.row, note=note)
         if not self.console.is_terminal:
             print(f"{chunk.phase:>9} {step:>9,}  {note}", flush=True)
-        if recorded:
-            self.folder.keep_paths(chunk.phase, self.evaluate.paths(tally))
 
     def _scaled(self, *rewards: Any) -> list[float]:
         """The largest |scaled reward| of each run, [runs]; `rewards` are numbers or arrays [runs]."""
@@ -356,12 +430,12 @@ class Session:
     def _note_rewards(self, ring: Transition | None) -> None:
         """Takes the rewards of the online rows into account; empty slots of the ring hold 0."""
         if ring is not None:
-            extremes = real([f(ring.reward, axis=1) for f in (jnp.min, jnp.max)], self.num_runs)
+            extremes = real([ring.reward.min(axis=1), ring.reward.max(axis=1)], self.num_runs)
             self.largest_reward = np.maximum(self.largest_reward, self._scaled(*extremes)).tolist()
 
     def q_limit(self, r: int) -> float:
         """The mean |Q-value| beyond which run `r` has diverged: --max-q times what rewards allow."""
-        discount = float(self.hyper.discount[r])
+        discount = float(self.discount[r])
         horizon = 1 / (1 - discount) if discount < 1 else getattr(self.env, "horizon", 1000)
         return self.args.max_q * (self.largest_reward[r] or 1.0) * horizon
 
@@ -372,7 +446,8 @@ class Session:
         beyond `q_limit`.
         """
         bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(self.num_runs)]
-        finite = real(_finite_leaves(parameters), self.num_runs)
+        on_host = isinstance(next(iter(jax.tree.leaves(parameters)), None), np.ndarray)
+        finite = real((_finite_leaves if on_host else _finite_on_device)(parameters), self.num_runs)
         for path, ok in jax.tree_util.tree_leaves_with_path(finite):
             for r in np.flatnonzero(~ok):
                 bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
@@ -435,26 +510,32 @@ class Session:
         actors = {
             name: agent.actor.params if hasattr(agent, "actor") else agent for name, agent in policies.items()
         }
-        actors, ring = real((actors, state.ring), self.num_runs)
-        collected = self.args.online_steps
-        report.save_policies(self, export, actors)
-        if self.args.export:
-            report.export_experience(self, ring, collected)
-        extra = report.draw(self, ring, collected, stages)
-        results = report.results(self, self.clock(), extra)
-        write_json(self.path / "result.json", results)
-        self.console.print(report.table(self))
+        needs_ring = self.args.export or hasattr(self.env, "layout")  # of all runs, it is large
+        actors, ring = real((actors, state.ring if needs_ring else None), self.num_runs)
+        with processes.together():
+            if processes.is_first():
+                self._report(export, actors, ring, stages)
+        processes.is_shown(self.path / "result.json")
+        results = json.loads((self.path / "result.json").read_text())
         self.checkpoints.close()
         self.folder.close()
         self.console.print(
             f"wrote {self.path}/: " + ", ".join(self.folder.files()), soft_wrap=True, highlight=False
         )
-        agents = {
-            name: jax.tree.map(lambda x: x[: self.num_runs], part)
-            for name, part in vars(state).items()
-            if hasattr(part, "actor")
-        }
-        return Result(self.path, results, agents)
+        agents = {name: part for name, part in vars(state).items() if hasattr(part, "actor")}
+        if processes.are_several():
+            return Result(self.path, results, real(agents, self.num_runs))
+        return Result(self.path, results, jax.tree.map(lambda x: x[: self.num_runs], agents))
+
+    def _report(self, export: Callable, actors: dict, ring: Transition | None, stages: tuple) -> None:
+        """Writes policies, exported experience, figures and results."""
+        collected = self.args.online_steps
+        report.save_policies(self, export, actors)
+        if self.args.export:
+            report.export_experience(self, ring, collected)
+        extra = report.draw(self, ring, collected, stages)
+        write_json(self.path / "result.json", report.results(self, self.clock(), extra))
+        self.console.print(report.table(self))
 
 
 def check_same(path: pathlib.Path, card: dict) -> None:
@@ -488,7 +569,7 @@ def load_dataset(args: Any) -> Dataset | None:
         env = envs.make(args.env, args.physics)
         check_fits(data, env.observation_size, env.action_size, args.env)
     print_card(data.card)
-    return data
+    return data if args.end_reward == ends.AS_GIVEN else ends.by_reward(data, args.end_reward)
 
 
 def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None]:
@@ -500,9 +581,11 @@ def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None
     return env_state, buffer.empty(static.example, args.buffer_size or args.online_steps)
 
 
-@jax.jit
-def _finite_leaves(tree):
-    return jax.tree.map(lambda x: jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+def _finite_leaves(tree, of=np):
+    return jax.tree.map(lambda x: of.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
+
+
+_finite_on_device = jax.jit(partial(_finite_leaves, of=jnp))
 
 
 def _means(values: Any) -> list[float | None]:

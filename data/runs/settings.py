@@ -17,8 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import tyro
 from flax import struct
 
@@ -29,7 +27,7 @@ from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
-from ooo_rl.data.runs import worlds
+from ooo_rl.data.runs import ends, processes, worlds
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
@@ -78,14 +76,6 @@ class Traced:
     """task rewards are multiplied by this"""
     reward_bias: Number = 0.0
     """and this is added"""
-    end_reward: Number = -float("inf")
-    """rows that pay at least this much, before scaling, end the return, and no others do (inf: none);
-    -inf: it ends where the data and the environment say"""
-
-    def continues(self, rows: Any) -> jax.Array:
-        """1 where the return goes on after a row, else 0, for `rows` with reward and discount [...]."""
-        by_reward = jnp.asarray(rows.reward < self.end_reward, rows.discount.dtype)
-        return jnp.where(self.end_reward > -jnp.inf, by_reward, rows.discount)
 
 
 @dataclass(frozen=True)
@@ -100,6 +90,9 @@ class Experiment(metaclass=InForce):
     """seeds, trained side by side"""
     seed: Seed = 0
     """first seed"""
+    runs_at_once: Steps = 0
+    """runs (seeds x swept settings) that are on the devices at once, while the others wait in the host's
+    memory; 0: all that there is room for"""
     init_from: str = ""
     """folder of a run to start from: what fits of its agents is taken, seed by seed"""
     eval_every: Steps = 0
@@ -152,19 +145,26 @@ class Experiment(metaclass=InForce):
     """online rows kept, a multiple of num_envs; 0: all"""
     batch_size: Size = 256
     """rows of a batch"""
+    end_reward: Number = ends.AS_GIVEN
+    """rows that pay at least this, before scaling, end the return, and no others do (inf: none); -inf: the
+    data and the environment say where it ends"""
 
 
 def launch(args_type: type, train: Callable[[Any], Any]) -> None:
     """A script's command: settings from the command line, then `train`.
 
-    An error that the user can mend is one line.
+    An error that the user can mend is one line. Started several times over, it is one experiment: see
+    `processes`.
     """
 
     def main() -> None:
         check_xla_flags()
         use_float32()
         use_all_cores()
-        train(parse(args_type))
+        processes.join()
+        with processes.together():
+            args = parse(args_type)
+        train(args)
 
     guarded(main)
 
@@ -345,6 +345,8 @@ def check(args: Any) -> None:
             raise UsageError(
                 "--export needs online steps, and a buffer that holds all of them (--buffer-size 0)"
             )
+        if args.end_reward != ends.AS_GIVEN:
+            raise UsageError("--export writes the environment's own ends, and so needs --end-reward=-inf")
         for label in labels:
             check_free(export_id(args, label))
 
