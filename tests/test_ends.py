@@ -71,7 +71,8 @@ def rows(tmp_path, monkeypatch):
     reward = np.array([0, 1, 2, 3, 2, 3, 4, 5], np.float32)
     end = np.arange(8) % 4 == 3
     np.savez(
-        path, observations=reward[:, None], next_observations=reward[:, None] + 1, actions=np.zeros((8, 1)), rewards=reward,
+        path, observations=reward[:, None], next_observations=reward[:, None] + 1, rewards=reward,
+        actions=np.zeros((8, 1)),
         terminals=end & (np.arange(8) < 4), timeouts=end & (np.arange(8) >= 4),
     )  # fmt: skip
     return {"env": "counted", "dataset": str(path), "num_seeds": 1, "hidden": (8,), "runs_dir": str(tmp_path)}
