@@ -35,6 +35,7 @@ COSTS = {  # by class of task
     "HalfCheetah": Cost(2_467, 39_400),
     "Hopper": Cost(6_875, 16_294),
     "Walker2d": Cost(7_272, 13_081),
+    "Ant": Cost(9_984, 6_518),
 }
 
 
