@@ -132,7 +132,12 @@ def test_what_the_online_phase_begins_with(start):
     after = jax.jit(partial(qdagger.appoint, static))(state)
     jax.tree.map(np.testing.assert_array_equal, after.teacher, state.agent.actor.params)
     same = jax.tree.map(lambda x, y: bool((x == y).all()), after.agent, state.agent)
-    assert all(jax.tree.leaves(same)) == (start == "warm")
+    kernels = [
+        kept
+        for path, kept in jax.tree.leaves_with_path(same)
+        if "kernel" in str(path) and ".opt" not in str(path)
+    ]
+    assert all(jax.tree.leaves(same)) if start == "warm" else not any(kernels)
     np.testing.assert_allclose(after.teacher_return, 5 * 0.5, atol=0.1)
     assert after.behind == 1, "before a comparison the teacher has its whole weight"
 
@@ -159,3 +164,5 @@ def test_a_run_compares_the_two_at_its_evaluations(tmp_path, monkeypatch):
     expected = [0.3, 0.3 / 2, 0.3 / 4 / 2, 0]  # the third chunk is half over at step 40
     assert list(found) == [16, 32, 48, 64]
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-5)
+    distances = [float(r["value"]) for r in rows if r["metric"] == "distillation_loss"]
+    assert len(distances) == 4 and min(distances) > 0, "the student has moved away from its teacher"

@@ -33,10 +33,13 @@ OOO = {
     "ooo_rlpd": Run("ooo_rlpd", "RLPD RLPD_RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
     "td3": Run("td3", "TD3 --intrinsic rnd TD3_RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
     # ablations of OOO(IQL)
-    "frozen_bonus": Run("ooo_iql", "IQL IQL_RETRAIN --frozen-bonus", {"retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
-    "no_upsampling": Run("ooo_iql", "IQL IQL_RETRAIN --upsample 0", {"retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
+    "frozen_bonus": Run("ooo_iql", "IQL IQL_RETRAIN --frozen-bonus", {
+        "retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
+    "no_upsampling": Run("ooo_iql", "IQL IQL_RETRAIN --upsample 0", {
+        "retrained": "OOO(IQL), no up-sampling (Fig. 11)"}),
     "no_bounds": Run("ooo_iql", "IQL IQL_RETRAIN --no-bound-q", {"retrained": "OOO(IQL), Q unbounded"}),
-    "warm_start": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --warm-start", {"retrained": "OOO(IQL), warm start (Fig. 13)"}),
+    "warm_start": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --warm-start", {
+        "retrained": "OOO(IQL), warm start (Fig. 13)"}),
     "sync": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --sync-explorer", {
         "online": "explorer, synchronised (Fig. 14)", "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
 }  # fmt: skip
