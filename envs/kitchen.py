@@ -17,6 +17,8 @@ are like it: the number of elements that are at their goals. In both variants th
 sub-task. The same two exist for kitchen-partial and kitchen-mixed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,18 @@ START = np.array([
     -2.69397440e-01, 3.50383255e-01, 1.61944683e00, 1.00618764e00, 4.06395120e-03, -6.62095997e-03,
     -2.68278933e-04,  # the kettle
 ])  # fmt: skip
+
+OPTION = "xla_cpu_use_fusion_emitters"  # of XLA's compiler, see `Kitchen.compiler_options`
+
+
+@functools.cache
+def xla_knows(option: str) -> bool:
+    """Whether this version of XLA's compiler has a boolean option of this name."""
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options={option: False}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @struct.dataclass
@@ -125,12 +139,13 @@ class Kitchen(PhysicsTask):
 
     @property
     def compiler_options(self) -> dict[str, bool]:
-        """As in `Task`. Without the option, MJX on a CPU takes 100 times as long.
+        """As in `Task`. Without the option, JAX 0.10's MJX on a CPU takes 100 times as long.
 
-        XLA's fused loops would compute the poses of the arm's links anew for each use of them.
+        XLA's fused loops would compute the poses of the arm's links anew for each use of them. JAX 0.12 does
+        not, and has no such option.
         """
         on_cpu = self.backend == "mjx" and jax.default_backend() == "cpu"
-        return {"xla_cpu_use_fusion_emitters": False} if on_cpu else {}
+        return {OPTION: False} if on_cpu and xla_knows(OPTION) else {}
 
     def start(self, key: jax.Array) -> Episode:
         return self.episode(self.put(START, np.zeros(self.model.nv)), key)

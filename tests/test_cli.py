@@ -217,7 +217,9 @@ def test_exit_code_and_one_line_as_a_process(tmp_path, flags):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("room", ["none at all", "for all but checkpoints"])
+@pytest.mark.parametrize(
+    "room", [pytest.param("none at all", marks=pytest.mark.slow), "for all but checkpoints"]
+)
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path, room):
     folder = tmp_path / "runs/iql/point-mass-wall/it"
     command = [sys.executable, REPO / "algos/iql.py"]

@@ -178,6 +178,7 @@ def test_the_soft_maximum_estimates_the_integral_over_actions():
         np.testing.assert_allclose(terms, np.broadcast_to(exact, (3, 2)), rtol=0.03)
 
 
+@pytest.mark.slow
 def test_pessimism_is_where_the_data_are_not(tmp_path):
     """Data of half the actions: their Q-values stay, the others' sink, the more the larger the weight."""
     rows = np.load(random_rows(tmp_path / "all.npz", "probe-action-reward", 2_000))

@@ -130,6 +130,7 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(settings,
     assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began(settings, whole, tmp_path):
     """They have two devices each, and use three of the four; each writes its part of the checkpoints."""
     folder = interrupted(settings, tmp_path)

@@ -347,6 +347,7 @@ def test_rollout_is_a_plain_loop():
         assert [float(tally[name][e]) for name in ("return", "length", "success")] == [total, length, success]
 
 
+@pytest.mark.slow
 def test_brax_trains_on_it(monkeypatch):
     from brax.training.agents.ppo import networks
     from brax.training.agents.ppo import train as ppo

@@ -148,6 +148,7 @@ def test_relabelling_and_cutting():
     assert [len(p["rewards"]) for p in short] == [5, 2] and short[1]["truncations"].tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_brax_sac_learns_on_ours_and_its_experience_is_kept(monkeypatch):
     monkeypatch.setattr(train_policy, "HIDDEN", (8,))  # which compiles sooner
     env, rows, scores = envs.make("probe-match-obs"), [], []

@@ -154,6 +154,7 @@ SWITCHES = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_every_switch(tmp_path):
     flags = [*TINY.split(), str(tmp_path), *SWITCHES.split()]
     result = ooo_cal_ql.train(parse(ooo_cal_ql.Args, flags))

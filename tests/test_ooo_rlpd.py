@@ -111,6 +111,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_retraining_begins_anew_unless_warm(tmp_path):
     """A run through all phases: both retrainings begin with the same alpha; warm, the second one goes on."""
     scratch = trained(ooo_rlpd, **TINY, runs_dir=str(tmp_path / "scratch"))

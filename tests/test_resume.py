@@ -125,6 +125,7 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed):
     assert_same(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_body_of_the_c_engine_goes_on_in_the_same_bits(place):
     """Its float64 state is in the checkpoint, though JAX has no float64 here."""
     flags = BODY.split()

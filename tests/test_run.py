@@ -215,7 +215,9 @@ def test_when_every_seed_breaks_the_run_says_so(tmp_path, capsys):
             "--intrinsic rnd --rnd-variant code --frozen-bonus --upsample 0.1 --buffer-size 160",
             ("offline", "online", "retrained"),
         ),
-        ("--online-steps 0 --intrinsic rnd --dropout 0.1", ("offline", "retrained")),
+        pytest.param(
+            "--online-steps 0 --intrinsic rnd --dropout 0.1", ("offline", "retrained"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_switches_of_ooo_iql(tmp_path, flags, phases):

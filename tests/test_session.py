@@ -98,6 +98,12 @@ def test_an_environment_of_ones_own_module_is_a_flag_even_beside_ones_own_data_p
     assert (tmp_path / "runs/iql/my_tasks.Push/it/result.json").exists()
 
 
+def test_evaluations_share_no_key_with_training(push, tmp_path):
+    session = Session("iql", iql.Args(env="push", num_seeds=2, runs_dir=str(tmp_path)), iql.make_plan)
+    for first, own in zip(np.asarray(session.keys), np.asarray(session.eval_keys)):
+        assert not any((part == own).all() for part in np.asarray(jax.random.split(first, 64)))
+
+
 # --- starting from another run ---
 
 

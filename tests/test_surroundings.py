@@ -248,7 +248,11 @@ SWITCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("switches", [SWITCHES, {"JAX_DISABLE_JIT": "1"}], ids=["promotion", "jit"])
+@pytest.mark.parametrize(
+    "switches",
+    [SWITCHES, pytest.param({"JAX_DISABLE_JIT": "1"}, marks=pytest.mark.slow)],
+    ids=["promotion", "jit"],
+)
 def test_a_run_ends_well_whatever_jax_is_set_to(tmp_path, switches):
     small = {"env": "probe-match-obs", "online_steps": 8} if "JAX_DISABLE_JIT" in switches else {}
     assert ended(process(tmp_path, *flags(tmp_path, **small), **switches)) == (0, "")

@@ -195,6 +195,7 @@ def test_saved_policy_is_the_mean_action(tmp_path, gaussian):
 # --- on the probes ---
 
 
+@pytest.mark.slow
 def test_what_ooo_calls_td3_online_and_retrained_without_the_bonus(tmp_path):
     """With random offline rows in the buffer. The explorer's bonus keeps out of what is retrained."""
     steps = {"online_steps": 480, "retrain_steps": 1_600, "offline_steps": 0}

@@ -55,6 +55,7 @@ from ooo_rl.data.runs.tracking import Tracker, open_tracker
 __all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"]  # what scripts use
 
 MEASURES = ("success", "return", "length")
+EVALUATION = 2**31  # makes the key of evaluations from a run's first key
 COLUMNS = (
     TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
     TimeRemainingColumn(),
@@ -132,8 +133,10 @@ class Session:
         self.truncation = place(self.data and self.data.truncation, self.mesh, EVERYWHERE)
         first_keys = jnp.stack([jax.random.PRNGKey(label.seed) for label in self.labels])
         self.keys = place(first_keys, self.mesh, RUNS)
-        # Apart from the keys of training; the same starts for every phase and step.
-        self.eval_keys = place(jax.vmap(lambda key: jax.random.fold_in(key, 1))(first_keys), self.mesh, RUNS)
+        # The same starts for every phase and step. No split of the keys of training comes to these: its
+        # k-th part is fold_in(key, k).
+        eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, EVALUATION))(first_keys)
+        self.eval_keys = place(eval_keys, self.mesh, RUNS)
         self.programs: list[Compiled] = []
         self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
         self.failed: dict[int, str] = {}  # run -> why it was stopped
