@@ -16,7 +16,9 @@ from ooo_rl.data.recipes import kitchen as recipes
 from ooo_rl.envs import kitchen, kitchen_model, robotics
 from ooo_rl.envs.rollout import rollout
 
-DEMONSTRATION = pathlib.Path(__file__).parent / "kitchen_demonstration.npz"  # its origin is in the file
+HERE = pathlib.Path(__file__).parent
+DEMONSTRATION = HERE / "kitchen_demonstration.npz"  # its origin is in the file
+RAW = HERE.parents[1] / "shared" / "datasets" / "raw" / "kitchen_complete_human"
 STILL = np.zeros(9)
 
 
@@ -214,6 +216,17 @@ def test_a_human_demonstration_replays(model, recorded):
     assert np.abs(when - recorded["completed"]).max() <= (0 if model == "d4rl" else 2)
     gap = np.abs(np.asarray(last.obs[:30]) - recorded["last"][:30])
     assert gap[:9].max() < 1e-2 and gap.max() < 0.05, gap
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RAW.is_dir(), reason="the human demonstrations are not beside this project")
+@pytest.mark.parametrize("engine", ["mujoco", "mjx"])
+def test_all_human_demonstrations_replay(engine):
+    """In float32 where MJX plays them; minutes there."""
+    env = envs.make("kitchen-complete", engine)
+    source = recipes.load_demonstrations(str(RAW / "kitchen_complete_human.npz"), env)
+    shown = recipes.replays(env, source, jax.random.PRNGKey(0))
+    assert [episode["rewards"][-1] for episode in shown] == 19 * [4]
 
 
 def test_demonstrations_become_data(tmp_path, recorded):

@@ -9,6 +9,7 @@ kinds: those of the demonstrations, with N(0, 0.3^2) added to their actions, and
 white random actions lead, from the start and from states of the demonstrations. Sensors have no noise there.
 `replay` plays the recorded controls of all demonstrations and counts the sub-tasks that they solve. `draw`
 draws a demonstration, and below it an episode made of pieces, in which the scripted expert turns both knobs.
+It prints what each of the two solved.
 """
 
 import functools
@@ -191,6 +192,7 @@ def draw_episodes(args: Args) -> None:
     rows = []
     for played in shown:
         track = render.Track(played["observations"][:, :30], None)
+        print(*(name for name in recipes.ORDER if recipes.solved(track.places, name).any()), sep=", ")
         which = np.linspace(0, len(track.places) - 1, 6).astype(int)
         rows.append(list(render.draw(env, track, which, 240, 180)))
     render.write_strip(args.out, rows)
