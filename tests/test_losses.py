@@ -42,10 +42,9 @@ def bellman_loss(params, obs, action, target):
     return np.mean(((ensemble(params, obs, action) - target) ** 2).sum(axis=0))
 
 
-def make(script, seed=0):
-    args = script.Args.exactly(
-        {"hidden": HIDDEN, "intrinsic": "none"} if script is ooo_iql else {"hidden": HIDDEN}
-    )
+def make(script, seed=0, **settings):
+    bonus = {"intrinsic": "none"} if script is ooo_iql else {}
+    args = script.Args.exactly({"hidden": HIDDEN} | bonus | settings)
     nets = script.make_nets(SimpleNamespace(args=args, env=None, action_size=ACT))
     agent = script.init_agent(nets, EXAMPLE, jax.random.PRNGKey(seed))
     # A target that differs from its critics, and biases that are not zero, so that a mix-up shows.
