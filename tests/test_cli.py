@@ -431,12 +431,18 @@ def test_return_range_scales_the_rewards_by_the_datas_returns():
     hyper, _ = grid(iql.Args(env="hopper", dataset="x"))
     card = {"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]}
 
-    def scaled(data, size):
-        return session.Session.scaled_to(SimpleNamespace(hyper=hyper, card=card, data=data), size)
+    def scaled(data, size, init_from=""):
+        args = SimpleNamespace(init_from=init_from)
+        return session.Session.scaled_to(SimpleNamespace(hyper=hyper, card=card, data=data, args=args), size)
 
     np.testing.assert_allclose(scaled("some", 1000).reward_scale, 0.25)
     np.testing.assert_allclose(scaled(None, 1000).reward_scale, 1.0)
     np.testing.assert_allclose(scaled("some", 0).reward_scale, 1.0)
+    np.testing.assert_allclose(scaled(None, 0, "runs/x").reward_scale, 1.0)
+    with pytest.raises(
+        UsageError, match="--return-range 1000 with --init-from: name the --dataset of that run"
+    ):
+        scaled(None, 1000, "runs/x")
     card["return_quantiles"] = [5.0] * 5
     with pytest.raises(UsageError, match="every episode of x has the return 5"):
         scaled("some", 1000)

@@ -192,7 +192,7 @@ class Session:
 
         With 0, or without a dataset, it stays as it is.
         """
-        if not return_range or self.data is None:
+        if not return_range or not _has_scale(self, f"--return-range {return_range:g}"):
             return self.hyper
         worst, best = self.card["return_quantiles"][0], self.card["return_quantiles"][-1]
         if best <= worst:
@@ -201,6 +201,21 @@ class Session:
                 f"{best:g}; use 0"
             )
         self.hyper = self.hyper.replace(reward_scale=self.hyper.reward_scale * return_range / (best - worst))
+        return self.hyper
+
+    def scaled_to_max(self, max_reward: float) -> Any:
+        """`hyper` with a reward_scale that makes the dataset's largest reward `max_reward`.
+
+        With 0, or without a dataset, it stays as it is.
+        """
+        if not max_reward or not _has_scale(self, f"--max-reward {max_reward:g}"):
+            return self.hyper
+        largest = self.card["reward_range"][1]
+        if largest <= 0:
+            raise UsageError(
+                f"--max-reward {max_reward:g}: the largest reward of {self.card['id']} is {largest:g}; use 0"
+            )
+        self.hyper = self.hyper.replace(reward_scale=self.hyper.reward_scale * max_reward / largest)
         return self.hyper
 
     def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
@@ -539,6 +554,16 @@ class Session:
         extra = report.draw(self, ring, collected, stages)
         write_json(self.path / "result.json", report.results(self, self.clock(), extra))
         self.console.print(report.table(self))
+
+
+def _has_scale(session: Session, asked: str) -> bool:
+    """Whether there are data, by which rewards can be scaled as `asked`.
+
+    An agent that another run has trained has learnt scaled rewards, so it cannot go on without them.
+    """
+    if session.data is None and session.args.init_from:
+        raise UsageError(f"{asked} with --init-from: name the --dataset of that run, or use 0")
+    return session.data is not None
 
 
 def check_same(path: pathlib.Path, card: dict) -> None:
