@@ -14,7 +14,8 @@ wS, bS, log_std_min, log_std_max          2. log standard deviation h @ wS + bS,
                                           h is the last hidden layer
 wS, bS, std_min                           3. standard deviation softplus(h @ wS + bS) + std_min (brax)
 output_activation                         tanh: tanh(u + noise); clip: u + noise;
-                                          tanh_mean: tanh(u) + noise (IQL)
+                                          tanh_mean: tanh(u) + noise (IQL);
+                                          argmax: the number of the largest u, a discrete action []
 action_low, action_high                   bounds of an action; clip and tanh_mean clip to them
 any other key                             a string that says where the policy comes from
 ========================================  ==========================================================
@@ -53,7 +54,7 @@ ACTIVATIONS = {
     "tanh": lambda x, xp: xp.tanh(x),
     "none": lambda x, xp: x,
 }
-OUTPUTS = ("tanh", "clip", "tanh_mean")
+OUTPUTS = ("tanh", "clip", "tanh_mean", "argmax")
 REQUIRED = (
     "obs_mean",
     "obs_std",
@@ -87,6 +88,7 @@ NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, *NOISE_BOUNDS, *FUNCTION, *NUMPYS_OWN,
 def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
     """Actions [..., A] of a loaded `policy` for observations [..., D]: the mean, or with `rng` a sample.
 
+    Discrete actions are numbers [...], from 0 to A - 1.
     Raises ValueError if observations have another size, or if `rng` is given and the policy has no noise.
     """
     noise = None if rng is None else rng.standard_normal((*np.shape(obs)[:-1], policy_sizes(policy)[1]))
@@ -114,7 +116,14 @@ def forward(policy: Policy, obs: Any, noise: Any, xp: Any) -> Any:
     u = h @ policy[f"w{last}"] + policy[f"b{last}"]
     u = xp.tanh(u) if output == "tanh_mean" else u
     u = u if noise is None else u + _std(policy, h, xp) * noise
+    if output == "argmax":
+        return u.argmax(axis=-1)
     return xp.tanh(u) if output == "tanh" else xp.clip(u, policy["action_low"], policy["action_high"])
+
+
+def is_discrete(policy: Policy) -> bool:
+    """Whether a loaded policy gives numbers of discrete actions."""
+    return str(policy.get("output_activation")) == "argmax"
 
 
 def policy_sizes(policy: Policy) -> tuple[int, int]:
@@ -412,7 +421,11 @@ def main(args: Args) -> None:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     policy = load(args.policy)
     takes, gives = policy_sizes(policy)
-    obs_size, action_size, _ = gymnasium_eval.check(args.env_id)
+    obs_size, action_size, _, discrete = gymnasium_eval.check(args.env_id)
+    if discrete != is_discrete(policy):
+        raise ValueError(
+            f"of {args.env_id} and {args.policy}, one has discrete actions and the other has not"
+        )
     if (takes, gives) != (obs_size, action_size):
         has = f"{args.env_id} has {obs_size} observations and {action_size} actions"
         raise ValueError(f"{has}, but {args.policy} takes {takes} and gives {gives}")

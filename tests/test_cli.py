@@ -59,9 +59,9 @@ def refused(monkeypatch, capsys, tmp_path):
     the error.
     """
 
-    def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs"):
+    def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs", families=FAMILIES):
         monkeypatch.setattr(Compiled, "program", lambda *_, **__: pytest.fail("compiled before the error"))
-        monkeypatch.setattr(module, "FAMILIES", FAMILIES)
+        monkeypatch.setattr(module, "FAMILIES", families)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--runs-dir", str(runs_dir)])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as exit:
@@ -122,6 +122,11 @@ def refused(monkeypatch, capsys, tmp_path):
             "--eval-env Pendulum-v1",
             "--eval-env Pendulum-v1 has 3 observations and 1 actions, the policy 2 and 2",
         ),
+        (
+            "--env toy-maze --offline-steps 0",
+            "--env toy-maze has discrete actions, and this method needs cont",
+        ),
+        ("--eval-env CartPole-v1", "--eval-env CartPole-v1 has discrete actions, and this method needs cont"),
         ("--export ooo/x --buffer-size 320", "--export needs online steps, and a buffer that holds all"),
         ("--export ooo/a.b", "Malformed dataset ID: ooo/a.b-seed0-v0"),
         ("--export ooo/x --online-steps 0", "--export needs online steps"),
@@ -167,6 +172,12 @@ def test_bad_datasets(refused, tmp_path):
     assert re.search(
         r"\(row 3\): an action lies outside",
         refused("--dataset", write(tmp_path / "c.hdf5", ("actions", 3, 2.0))),
+    )
+    numbers = write(tmp_path / "n.npz")
+    np.savez(numbers, **{**np.load(numbers), "actions": np.arange(50) % 4})
+    assert "discrete actions, point-mass-wall has continuous ones" in refused("--dataset", numbers)
+    assert "discrete actions, and this method needs continuous ones" in refused(
+        "--dataset", numbers, "--online-steps", 0
     )
     path = write(tmp_path / "d.hdf5")
     path.write_bytes(path.read_bytes()[:-500])

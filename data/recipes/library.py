@@ -146,6 +146,8 @@ def make(
                 f"--policy {path}: takes {takes} observations and gives {gives} actions; "
                 f"{name} needs {expected[0]} and {expected[1]}"
             )
+        if policy.is_discrete(actor) != envs.is_discrete(env):
+            raise UsageError(f"--policy {path}: of it and {name}, only one has discrete actions")
     sources = [recipe.read(demonstrations, env)] if demonstrations else loaded
     episodes = recipe.episodes(env, transitions or recipe.transitions, seed, sources)
     behaviour = [
@@ -164,4 +166,6 @@ def make(
             if demonstrations
             else f"{adroit.STAND_INS} successful episodes of the policy stand in for human ones"
         )
-    write.write_minari(dataset_id or name, episodes, description=recipe.description, recipe=record)
+    about = {"description": recipe.description, "recipe": record}
+    choices = env.action_size if envs.is_discrete(env) else 0
+    write.write_minari(dataset_id or name, episodes, **about, choices=choices)
