@@ -2,6 +2,7 @@
 settings it names.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooo_rl.algos import iql, ooo_iql
+from ooo_rl.algos import dqn, iql, ooo_iql
 from ooo_rl.data.datasets import write as dataset_files
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import plan, session
@@ -141,6 +142,20 @@ def test_bad_flags(refused, flags, message):
 )
 def test_bad_flags_of_iql(refused, flags):
     refused(*flags.split(), module=iql)
+
+
+def test_a_method_of_discrete_actions_refuses_others(refused, tmp_path):
+    needs = "continuous actions, and this method needs discrete ones"
+    refuses = functools.partial(refused, module=dqn, families={})
+    assert f"--env point-mass-wall has {needs}" in refuses("--env", "point-mass-wall")
+    fresh = "--env", "toy-maze", "--offline-steps", 0
+    assert f"--eval-env Pendulum-v1 has {needs}" in refuses(*fresh, "--eval-env", "Pendulum-v1")
+    assert "--eval-env CartPole-v1 has 4 observations and 2 actions, the policy 2 and 5" in refuses(
+        *fresh, "--eval-env", "CartPole-v1"
+    )
+    data = "--dataset", write(tmp_path / "c.npz")
+    assert needs in refuses(*data, "--online-steps", 0)
+    assert "continuous actions, toy-maze has discrete ones" in refuses(*data, "--env", "toy-maze")
 
 
 def write(path, change=None, obs=2, act=2, n=50):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.recipes import toy_maze as recipe
 from ooo_rl.envs import toy_maze
 from ooo_rl.envs.rollout import rollout
 from ooo_rl.envs.toy_maze import GOAL_RADIUS, GOALS, SIZE, ToyMaze
@@ -118,3 +120,25 @@ def test_the_layout_is_in_units_of_the_observation():
 def test_settings_that_do_not_exist_are_refused(bad):
     with pytest.raises(ValueError, match="horizon must be positive and noise not negative"):
         envs.make("toy-maze", **bad)
+
+
+def test_the_data_have_few_good_paths():
+    """Of the first 95 % of the rows no episode is good, of the rest all are; the last of each is cut."""
+    episodes = recipe.checkpoints(envs.make("toy-maze"), 4000, 0, [])
+    returns = np.array([e["rewards"].sum() for e in episodes])
+    rows = np.cumsum([len(e["rewards"]) for e in episodes])
+    assert rows[-1] == 4000 and 3800 in rows
+    slow = rows < 3800
+    assert slow.sum() > 30 and (returns[slow] < -30).all()
+    assert (returns[rows > 3800] >= -30).all() and (rows > 3800).sum() > 5
+    last = np.array([e["observations"][-1] for e in episodes]) * 22
+    right, left = (np.linalg.norm(last - goal, axis=1) < 2 for goal in ((20, 20), (2, 16)))
+    assert right[slow].mean() > 0.3 and left[rows > 3800][:-1].all()
+    for e in episodes:
+        assert e["actions"].dtype == np.int32 and e["actions"].min() >= 0 and e["actions"].max() < 5
+
+
+def test_data_of_policies_that_are_never_slow_cannot_be_made(monkeypatch):
+    monkeypatch.setattr(recipe, "record", lambda *_: [{"rewards": np.zeros(9)}] * 2)
+    with pytest.raises(UsageError, match="fewer than 3800 are fit"):
+        recipe.checkpoints(envs.make("toy-maze"), 4000, 0, [{}] * 4)

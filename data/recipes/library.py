@@ -15,10 +15,10 @@ from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.folder import METADATA, MINARI_FILE, datasets_root
 from ooo_rl.data.datasets.validate import LIMIT, Dataset
 from ooo_rl.data.errors import DatasetError, UsageError
-from ooo_rl.data.recipes import adroit, antmaze, kitchen, locomotion, maze2d, point_mass
+from ooo_rl.data.recipes import adroit, antmaze, kitchen, locomotion, maze2d, point_mass, toy_maze
 from ooo_rl.data.recipes.recipe import Recipe
 
-FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit, kitchen)
+FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit, kitchen, toy_maze)
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}
 
 
