@@ -18,7 +18,8 @@ num_latent_layers, v0, c0, v1, c1 ...     dense layers h @ v + c of a network be
                                           same activation; the last gives x
 latent_max                                z = latent_max * tanh(x); the layer w0 takes the input and z
 output_activation                         tanh: tanh(u + noise); clip: u + noise;
-                                          tanh_mean: tanh(u) + noise (IQL)
+                                          tanh_mean: tanh(u) + noise (IQL);
+                                          argmax: the number of the largest u, a discrete action []
 action_low, action_high                   bounds of an action; clip and tanh_mean clip to them
 any other key                             a string that says where the policy comes from
 ========================================  ==========================================================
@@ -58,7 +59,7 @@ ACTIVATIONS = {
     "tanh": lambda x, xp: xp.tanh(x),
     "none": lambda x, xp: x,
 }
-OUTPUTS = ("tanh", "clip", "tanh_mean")
+OUTPUTS = ("tanh", "clip", "tanh_mean", "argmax")
 REQUIRED = (
     "obs_mean",
     "obs_std",
@@ -102,6 +103,7 @@ NOT_PROVENANCE = {
 def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
     """Actions [..., A] of a loaded `policy` for observations [..., D]: the mean, or with `rng` a sample.
 
+    Discrete actions are numbers [...], from 0 to A - 1.
     Raises ValueError if observations have another size, or if `rng` is given and the policy has no noise.
     """
     noise = None if rng is None else rng.standard_normal((*np.shape(obs)[:-1], policy_sizes(policy)[1]))
@@ -129,6 +131,8 @@ def forward(policy: Policy, obs: Any, noise: Any, xp: Any) -> Any:
     output = str(policy["output_activation"])
     u = xp.tanh(u) if output == "tanh_mean" else u
     u = u if noise is None else u + _std(policy, h, xp) * noise
+    if output == "argmax":
+        return u.argmax(axis=-1)
     return xp.tanh(u) if output == "tanh" else xp.clip(u, policy["action_low"], policy["action_high"])
 
 
@@ -138,6 +142,11 @@ def _dense(policy: Policy, w: str, b: str, num: int, x: Any, xp: Any) -> tuple[A
     for i in range(num - 1):
         x = activation(x @ policy[f"{w}{i}"] + policy[f"{b}{i}"], xp)
     return x, x @ policy[f"{w}{num - 1}"] + policy[f"{b}{num - 1}"]
+
+
+def is_discrete(policy: Policy) -> bool:
+    """Whether a loaded policy gives numbers of discrete actions."""
+    return str(policy.get("output_activation")) == "argmax"
 
 
 def policy_sizes(policy: Policy) -> tuple[int, int]:
@@ -468,7 +477,11 @@ def main(args: Args) -> None:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     policy = load(args.policy)
     takes, gives = policy_sizes(policy)
-    obs_size, action_size, _ = gymnasium_eval.check(args.env_id)
+    obs_size, action_size, _, discrete = gymnasium_eval.check(args.env_id)
+    if discrete != is_discrete(policy):
+        raise ValueError(
+            f"of {args.env_id} and {args.policy}, one has discrete actions and the other has not"
+        )
     if (takes, gives) != (obs_size, action_size):
         has = f"{args.env_id} has {obs_size} observations and {action_size} actions"
         raise ValueError(f"{has}, but {args.policy} takes {takes} and gives {gives}")

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ooo_rl import envs
 from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition
+from ooo_rl.data.datasets import choices
 from ooo_rl.data.datasets.card import print_card
 from ooo_rl.data.datasets.scores import normalized_score
 from ooo_rl.data.datasets.validate import Dataset, check_fits
@@ -117,11 +118,12 @@ class Session:
             self.env = env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
             if env and self.args.end_reward != ends.AS_GIVEN:
                 self.env = env = ends.EndsByReward(env, self.args.end_reward)
-            self.obs_size = env.observation_size if env else rows.obs.shape[1]
-            self.action_size = env.action_size if env else rows.action.shape[1]
+            self.obs_size = env.observation_size if env else self.card["obs_size"]
+            self.action_size = env.action_size if env else self.card["action_size"]
             check_eval_env(self.args, self.obs_size, self.action_size)
         self._agree()
-        obs, action, scalar = jnp.zeros(self.obs_size), jnp.zeros(self.action_size), jnp.float32(0)
+        obs, scalar = jnp.zeros(self.obs_size), jnp.float32(0)
+        action = jnp.int32(0) if self.args.actions == "discrete" else jnp.zeros(self.action_size)
         self.example = Transition(obs, action, scalar, obs, scalar)
         self.num_runs = len(self.labels)
         self.mesh = self._layout()
@@ -595,7 +597,13 @@ def load_dataset(args: Any) -> Dataset | None:
     data = library.load(args.dataset, clip_out_of_range=args.clip_actions, action_box=box)
     if args.env != "none":
         env = envs.make(args.env, args.physics)
-        check_fits(data, env.observation_size, env.action_size, args.env)
+        check_fits(data, env.observation_size, env.action_size, args.env, envs.is_discrete(env))
+    elif data.discrete != (args.actions == "discrete"):
+        advice = ", or --action-low and --action-high if they are continuous" if data.discrete else ""
+        raise UsageError(
+            f"--dataset {args.dataset} has {choices.kind(data.discrete)} actions, and this method needs "
+            f"{args.actions} ones: take another method{advice}"
+        )
     print_card(data.card)
     return data if args.end_reward == ends.AS_GIVEN else ends.by_reward(data, args.end_reward)
 
