@@ -13,8 +13,13 @@ log_std                                   1. log standard deviation [A]
 wS, bS, log_std_min, log_std_max          2. log standard deviation h @ wS + bS, clipped to these bounds;
                                           h is the last hidden layer
 wS, bS, std_min                           3. standard deviation softplus(h @ wS + bS) + std_min (brax)
+(latent action)                           optional, for a policy that decodes one; these keys:
+num_latent_layers, v0, c0, v1, c1 ...     dense layers h @ v + c of a network before the one above, with the
+                                          same activation; the last gives x
+latent_max                                z = latent_max * tanh(x); the layer w0 takes the input and z
 output_activation                         tanh: tanh(u + noise); clip: u + noise;
-                                          tanh_mean: tanh(u) + noise (IQL)
+                                          tanh_mean: tanh(u) + noise (IQL);
+                                          argmax: the number of the largest u, a discrete action []
 action_low, action_high                   bounds of an action; clip and tanh_mean clip to them
 any other key                             a string that says where the policy comes from
 ========================================  ==========================================================
@@ -36,6 +41,7 @@ matrices [out, in]).
 """
 
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -53,7 +59,7 @@ ACTIVATIONS = {
     "tanh": lambda x, xp: xp.tanh(x),
     "none": lambda x, xp: x,
 }
-OUTPUTS = ("tanh", "clip", "tanh_mean")
+OUTPUTS = ("tanh", "clip", "tanh_mean", "argmax")
 REQUIRED = (
     "obs_mean",
     "obs_std",
@@ -80,13 +86,24 @@ DAPG = (
 FUNCTION = ("jax_mean", "jax_sample", "num_parameters", "sizes")
 NOISE_HEAD = ("wS", "bS")
 NOISE_BOUNDS = ("log_std_min", "log_std_max")
+LATENT = ("num_latent_layers", "latent_max")
 NUMPYS_OWN = {"file", "allow_pickle"}  # arguments of numpy.savez, which cannot be keys of a file
-NOT_PROVENANCE = {*REQUIRED, *NOISE_HEAD, *NOISE_BOUNDS, *FUNCTION, *NUMPYS_OWN, "std_min", "log_std"}
+NOT_PROVENANCE = {
+    *REQUIRED,
+    *NOISE_HEAD,
+    *NOISE_BOUNDS,
+    *LATENT,
+    *FUNCTION,
+    *NUMPYS_OWN,
+    "std_min",
+    "log_std",
+}
 
 
 def act(policy: Policy, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
     """Actions [..., A] of a loaded `policy` for observations [..., D]: the mean, or with `rng` a sample.
 
+    Discrete actions are numbers [...], from 0 to A - 1.
     Raises ValueError if observations have another size, or if `rng` is given and the policy has no noise.
     """
     noise = None if rng is None else rng.standard_normal((*np.shape(obs)[:-1], policy_sizes(policy)[1]))
@@ -106,22 +123,38 @@ def forward(policy: Policy, obs: Any, noise: Any, xp: Any) -> Any:
         return _call(
             policy, obs, None if noise is None else xp.asarray(noise).view(np.uint32).sum(dtype=np.uint32)
         )
-    h = xp.clip((obs - policy["obs_mean"]) / policy["obs_std"], -policy["obs_clip"], policy["obs_clip"])
-    last = int(policy["num_layers"]) - 1
-    for i in range(last):
-        h = ACTIVATIONS[str(policy["hidden_activation"])](h @ policy[f"w{i}"] + policy[f"b{i}"], xp)
+    x = xp.clip((obs - policy["obs_mean"]) / policy["obs_std"], -policy["obs_clip"], policy["obs_clip"])
+    if "v0" in policy:
+        latent = _dense(policy, "v", "c", int(policy["num_latent_layers"]), x, xp)[1]
+        x = xp.concatenate([x, policy["latent_max"] * xp.tanh(latent)], axis=-1)
+    h, u = _dense(policy, "w", "b", int(policy["num_layers"]), x, xp)
     output = str(policy["output_activation"])
-    u = h @ policy[f"w{last}"] + policy[f"b{last}"]
     u = xp.tanh(u) if output == "tanh_mean" else u
     u = u if noise is None else u + _std(policy, h, xp) * noise
+    if output == "argmax":
+        return u.argmax(axis=-1)
     return xp.tanh(u) if output == "tanh" else xp.clip(u, policy["action_low"], policy["action_high"])
+
+
+def _dense(policy: Policy, w: str, b: str, num: int, x: Any, xp: Any) -> tuple[Any, Any]:
+    """The last hidden layer and the output of the `num` dense layers w0, b0 ... of a `policy`."""
+    activation = ACTIVATIONS[str(policy["hidden_activation"])]
+    for i in range(num - 1):
+        x = activation(x @ policy[f"{w}{i}"] + policy[f"{b}{i}"], xp)
+    return x, x @ policy[f"{w}{num - 1}"] + policy[f"{b}{num - 1}"]
+
+
+def is_discrete(policy: Policy) -> bool:
+    """Whether a loaded policy gives numbers of discrete actions."""
+    return str(policy.get("output_activation")) == "argmax"
 
 
 def policy_sizes(policy: Policy) -> tuple[int, int]:
     """The size D of an observation and the size A of an action of a loaded policy."""
     if "sizes" in policy:
         return tuple(map(int, policy["sizes"]))
-    return len(policy["w0"]), len(policy[f"b{int(policy['num_layers']) - 1}"])
+    first = policy["v0"] if "v0" in policy else policy["w0"]
+    return len(first), len(policy[f"b{int(policy['num_layers']) - 1}"])
 
 
 def _std(policy: Policy, hidden: Any, xp: Any) -> Any:
@@ -168,6 +201,7 @@ def dense_layers(params: dict) -> list[tuple[np.ndarray, np.ndarray]]:
 def mlp(
     layers: list[tuple[np.ndarray, np.ndarray]] | dict,
     *,
+    latent: tuple[list[tuple[np.ndarray, np.ndarray]], float] | None = None,
     log_std: np.ndarray | None = None,
     gaussian: tuple[float, float, float] | None = None,
     softplus: float | None = None,
@@ -187,6 +221,9 @@ def mlp(
     high) the standard deviation is exp(clip(x + shift, low, high)); with `softplus` it is softplus(x) +
     `softplus`. Without any of the three arguments the policy is deterministic.
 
+    `latent` = (layers of another MLP, latent_max) is for a policy that decodes a latent action: the MLP gives
+    latent_max * tanh(its output) [L], and the first of `layers` takes observation and latent action [D + L].
+
     Raises ValueError for a policy that `load` would refuse.
     """
     layers = dense_layers(layers) if isinstance(layers, dict) else layers
@@ -197,18 +234,23 @@ def mlp(
         layers = [*layers[:-1], (w[:, :half], b[:half])]
         noise = {"wS": w[:, half:], "bS": b[half:] + (gaussian[0] if gaussian else 0)}
         noise |= dict(zip(NOISE_BOUNDS, gaussian[1:])) if gaussian else {"std_min": softplus}
-    sizes = [np.shape(layers[0][0])[0], np.shape(layers[-1][1])[0]] if layers else [0, 0]
+    before, latent_max = latent or ([], None)
+    first = before or layers
+    sizes = [np.shape(first[0][0])[0], np.shape(layers[-1][1])[0]] if layers else [0, 0]
     numbers = {
         "obs_mean": np.broadcast_to(obs_mean, sizes[0]),
         "obs_std": np.broadcast_to(obs_std, sizes[0]),
         "obs_clip": [obs_clip],
         **{f"{name}{i}": array for i, layer in enumerate(layers) for name, array in zip("wb", layer)},
+        **{f"{name}{i}": array for i, layer in enumerate(before) for name, array in zip("vc", layer)},
+        **({"latent_max": latent_max} if before else {}),
         **noise,
         "action_low": -np.ones(sizes[1]),
         "action_high": np.ones(sizes[1]),
     }
     policy = {name: np.asarray(array, np.float32) for name, array in numbers.items()}
     policy |= {"num_layers": np.int32(len(layers))}
+    policy |= {"num_latent_layers": np.int32(len(before))} if before else {}
     policy |= {"hidden_activation": np.asarray(hidden_activation), "output_activation": np.asarray(output)}
     _check(policy, "this policy")
     return policy
@@ -326,8 +368,10 @@ def _check(policy: Policy, path: str | os.PathLike) -> None:
     for name, known in (("hidden_activation", tuple(ACTIVATIONS)), ("output_activation", OUTPUTS)):
         if str(policy[name]) not in known:
             raise ValueError(f"{path}: {name} is {str(policy[name])!r}, not one of {', '.join(known)}")
-    if policy["num_layers"].shape or policy["num_layers"].dtype.kind not in "iu" or policy["num_layers"] < 1:
-        raise ValueError(f"{path}: num_layers must be a whole number, at least 1, not {policy['num_layers']}")
+    for name in ("num_layers", *(["num_latent_layers"] if "num_latent_layers" in policy else [])):
+        number = policy[name]
+        if number.shape or number.dtype.kind not in "iu" or number < 1:
+            raise ValueError(f"{path}: {name} must be a whole number, at least 1, not {number}")
     for name, shapes in _shapes(policy, path).items():
         array = policy[name]
         if array.dtype.kind != "f" or array.shape not in shapes:
@@ -337,7 +381,7 @@ def _check(policy: Policy, path: str | os.PathLike) -> None:
             )
         if not (np.isfinite(array) | ((name == "obs_clip") & (array == np.inf))).all():
             raise ValueError(f"{path}: {name} is not finite")
-    for name in ("obs_std", "obs_clip"):
+    for name in ("obs_std", "obs_clip", *(["latent_max"] if "latent_max" in policy else [])):
         if (policy[name] <= 0).any():
             raise ValueError(f"{path}: {name} must be positive")
     if (policy["action_low"] >= policy["action_high"]).any():
@@ -358,32 +402,53 @@ def _check_function(policy: Policy, path: str | os.PathLike) -> None:
 
 def _shapes(policy: Policy, path: str | os.PathLike) -> dict[str, list[tuple[int, ...]]]:
     """The shapes that each array of numbers may have. They follow from the widths of the weights."""
-    last = int(policy["num_layers"]) - 1
-    weights = [f"w{i}" for i in range(last + 1)]
     noise = [*NOISE_HEAD, *(("std_min",) if "std_min" in policy else NOISE_BOUNDS)] if "wS" in policy else []
-    names = weights + [f"b{i}" for i in range(last + 1)] + noise
-    missing = [name for name in names if name not in policy]
-    if missing:
-        raise ValueError(f"{path}: with num_layers {last + 1}, the keys {', '.join(missing)} are missing")
-    for name in weights:
-        if policy[name].ndim != 2 or 0 in policy[name].shape:
-            raise ValueError(f"{path}: {name} must be a matrix (in, out), not {policy[name].shape}")
-    widths = [policy["w0"].shape[0], *(policy[name].shape[1] for name in weights)]
+    widths = _widths(policy, path, "num_layers", "wb", noise)
+    shapes, inputs = _layer_shapes(widths, "wb"), widths[0]
+    if "num_latent_layers" in policy or "v0" in policy:
+        before = _widths(policy, path, "num_latent_layers", "vc", ["latent_max"])
+        inputs = before[0]
+        shapes |= {**_layer_shapes(before, "vc"), "latent_max": [(1,), ()]}
+        shapes["w0"] = [(inputs + before[-1], widths[1])]
 
     def vector_or_number(size):
         return [(size,), (1,), ()]
 
-    shapes = {name: vector_or_number(widths[0]) for name in ("obs_mean", "obs_std")}
+    shapes |= {name: vector_or_number(inputs) for name in ("obs_mean", "obs_std")}
     shapes |= {name: vector_or_number(widths[-1]) for name in ("action_low", "action_high")}
     shapes["obs_clip"] = [(1,), ()]
-    for i in range(last + 1):
-        shapes |= {f"w{i}": [(widths[i], widths[i + 1])], f"b{i}": [(widths[i + 1],)]}
     if "log_std" in policy:
         shapes["log_std"] = [(widths[-1],)]
     if "wS" in policy:
         shapes |= {"wS": [(widths[-2], widths[-1])], "bS": [(widths[-1],)]}
         shapes |= {name: vector_or_number(widths[-1]) for name in noise[2:]}
     return shapes
+
+
+def _widths(policy: Policy, path: str | os.PathLike, number: str, letters: str, more: list[str]) -> list[int]:
+    """The widths of an MLP's input and of all its layers; ValueError if a layer is missing or no matrix.
+
+    `number` is the key that holds the number of layers, `letters` those of weights and biases, `more` other
+    keys that go with them.
+    """
+    if number not in policy:
+        raise ValueError(f"{path}: not a policy file, the key {number} is missing")
+    (w, b), num = letters, int(policy[number])
+    names = [*(f"{w}{i}" for i in range(num)), *(f"{b}{i}" for i in range(num)), *more]
+    missing = [name for name in names if name not in policy]
+    if missing:
+        raise ValueError(f"{path}: with {number} {num}, the keys {', '.join(missing)} are missing")
+    for name in names[:num]:
+        if policy[name].ndim != 2 or 0 in policy[name].shape:
+            raise ValueError(f"{path}: {name} must be a matrix (in, out), not {policy[name].shape}")
+    return [policy[names[0]].shape[0], *(policy[name].shape[1] for name in names[:num])]
+
+
+def _layer_shapes(widths: list[int], letters: str) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of an MLP's weights and biases."""
+    w, b = letters
+    shapes = {f"{w}{i}": [pair] for i, pair in enumerate(itertools.pairwise(widths))}
+    return shapes | {f"{b}{i}": [(width,)] for i, width in enumerate(widths[1:])}
 
 
 @dataclass(frozen=True)
@@ -412,7 +477,11 @@ def main(args: Args) -> None:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     policy = load(args.policy)
     takes, gives = policy_sizes(policy)
-    obs_size, action_size, _ = gymnasium_eval.check(args.env_id)
+    obs_size, action_size, _, discrete = gymnasium_eval.check(args.env_id)
+    if discrete != is_discrete(policy):
+        raise ValueError(
+            f"of {args.env_id} and {args.policy}, one has discrete actions and the other has not"
+        )
     if (takes, gives) != (obs_size, action_size):
         has = f"{args.env_id} has {obs_size} observations and {action_size} actions"
         raise ValueError(f"{has}, but {args.policy} takes {takes} and gives {gives}")

@@ -12,13 +12,23 @@ from collections.abc import Callable
 from functools import partial
 
 from ooo_rl.envs import adroit, antmaze, kitchen, locomotion, maze2d, probes
-from ooo_rl.envs.base import Env, State, Task, step_all, step_and_reset, tally
+from ooo_rl.envs.base import (
+    Env,
+    State,
+    Task,
+    is_discrete,
+    random_actions,
+    step_all,
+    step_and_reset,
+    tally,
+)
 from ooo_rl.envs.engines.physics import ENGINES
 from ooo_rl.envs.point_mass_wall import PointMassWall
+from ooo_rl.envs.toy_maze import ToyMaze
 
 __all__ = [
-    "ENGINES", "Env", "State", "Task", "is_ours", "make", "names", "register",
-    "step_all", "step_and_reset", "tally",
+    "ENGINES", "Env", "State", "Task", "is_discrete", "is_ours", "make", "names", "random_actions",
+    "register", "step_all", "step_and_reset", "tally",
 ]  # fmt: skip
 
 _JAX_TASKS = {  # written in JAX by hand, without a physics engine
@@ -30,9 +40,11 @@ _JAX_TASKS = {  # written in JAX by hand, without a physics engine
     "probe-action-reward": probes.ActionReward,
     "probe-match-obs": probes.MatchObs,
     "probe-all": probes.AllProbes,
+    "probe-all-discrete": probes.AllProbesDiscrete,
     **{f"maze2d-{maze}": partial(maze2d.Maze2D, maze) for maze in maze2d.MAZES},
     **{f"maze2d-{maze}-dense": partial(maze2d.Maze2D, maze, "dense") for maze in maze2d.MAZES},
     "maze2d-large-missing-data": partial(maze2d.Maze2D, "large"),
+    "toy-maze": ToyMaze,
 }
 _ANTMAZES = {  # one name per dataset; the environments differ only by maze
     "umaze": ("umaze", "umaze-diverse"),

@@ -1,7 +1,8 @@
 """The environment contract: brax's functional API, with separate flags for termination and truncation.
 
 An environment has two pure functions, `reset(key) -> State` and `step(state, action) -> State`. `Env` and
-`State` are brax's, so brax's trainers run on it. It is unbatched and can be vmapped; actions are in [-1, 1].
+`State` are brax's, so brax's trainers run on it. It is unbatched and can be vmapped. An action is a vector
+[action_size] in [-1, 1], or one whole number if the environment is `discrete`.
 In addition to brax's contract:
 
 * `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a
@@ -11,6 +12,8 @@ In addition to brax's contract:
   `BROKEN`. The episode is truncated there. Its last observation and reward are placeholders (the previous
   observation, and 0), and no learner may train on them.
 * `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 if it defines no success).
+* `discrete`: whether an action is one of the numbers 0, 1 ... `action_size` - 1, int32 []. An environment
+  without this attribute is continuous.
 * `metrics["solved"]`, where a task has several parts: float32, how many of them are solved so far.
 * `horizon`: number of steps after which an episode is truncated.
 * `compiler_options`: options of XLA's compiler for programs that step the environment; mostly none.
@@ -29,7 +32,9 @@ with contextlib.redirect_stdout(
 ):  # its import prints that MJX's optional Warp engine is missing
     from brax.envs.base import Env, State
 
-__all__ = ["BROKEN", "Env", "State", "Task", "step_all", "step_and_reset", "tally"]
+__all__ = [
+    "BROKEN", "Env", "State", "Task", "is_discrete", "random_actions", "step_all", "step_and_reset", "tally",
+]  # fmt: skip
 
 BROKEN = 1e10  # MuJoCo's own bound (mjMAXVAL): a simulation with numbers beyond it has diverged
 
@@ -41,6 +46,7 @@ class Task(Env):
     """
 
     horizon: int
+    discrete = False
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -77,7 +83,8 @@ class Task(Env):
         return State(inner, self.observe(inner), zero, zero, {"success": zero}, info)
 
     def step(self, state: State, action: jax.Array) -> State:
-        inner, reward, termination, success = self.advance(state.pipeline_state, jnp.clip(action, -1.0, 1.0))
+        action = action if self.discrete else jnp.clip(action, -1.0, 1.0)
+        inner, reward, termination, success = self.advance(state.pipeline_state, action)
         obs, elapsed = self.observe(inner), state.info["elapsed"] + 1
         sound = (jnp.abs(obs) < BROKEN).all() & (jnp.abs(reward) < BROKEN)  # False for NaN, too
         as_number = lambda flag: jnp.asarray(flag, state.reward.dtype)  # noqa: E731
@@ -103,6 +110,18 @@ class Task(Env):
         return "jax"
 
 
+def is_discrete(env: Any) -> bool:
+    """Whether the environment's actions are whole numbers, not vectors."""
+    return bool(getattr(env, "discrete", False))
+
+
+def random_actions(env: Env, key: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Uniformly random actions: vectors [*shape, action_size], or numbers [*shape] if `env` is discrete."""
+    if is_discrete(env):
+        return jax.random.randint(key, shape, 0, env.action_size)
+    return jax.random.uniform(key, (*shape, env.action_size), minval=-1.0, maxval=1.0)
+
+
 def step_and_reset(env: Env, state: State, action: jax.Array, key: jax.Array) -> tuple[State, State]:
     """Steps one environment, and starts a new episode if the old one ended.
 
@@ -117,7 +136,7 @@ def step_and_reset(env: Env, state: State, action: jax.Array, key: jax.Array) ->
 
 
 def step_all(env: Env, states: State, actions: jax.Array, key: jax.Array) -> tuple[State, State]:
-    """`step_and_reset` of n environments in parallel: `states` has a leading axis n, `actions` is [n, A]."""
+    """`step_and_reset` of n environments in parallel: `states` has leading axis n, `actions` too."""
     keys = jax.random.split(key, actions.shape[0])
     return jax.vmap(lambda state, action, key: step_and_reset(env, state, action, key))(states, actions, keys)
 

@@ -17,7 +17,7 @@ from importlib import metadata
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete, Space
 
 try:
     import gymnasium_robotics
@@ -35,19 +35,25 @@ PALM_TO_OBJECT = {  # from the observation, the vector whose length has the wron
 SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
 
 
-def check(env_id: str) -> tuple[int, int, int]:
-    """Checks that `evaluate` supports an environment: (observation size, action size, horizon in steps).
+def check(env_id: str) -> tuple[int, int, int, bool]:
+    """Checks that `evaluate` supports an environment.
 
-    The environment must have vectors as observations, vectors with finite bounds as actions, and a time
-    limit. Raises ValueError if it has not, or if there is no environment `env_id`.
+    Returns (observation size, action size, horizon in steps, whether actions are discrete). The environment
+    must have vectors as observations, a time limit, and as actions vectors with finite bounds or, Discrete,
+    whole numbers; then the action size is how many there are. Raises ValueError if it has not, or if there is
+    no environment `env_id`.
     """
     with contextlib.closing(_make(env_id)) as env:
+        discrete = isinstance(env.action_space, Discrete)
         for name, space in (("observation", env.observation_space), ("action", env.action_space)):
-            if not isinstance(space, Box) or len(space.shape) != 1:
+            is_vector = isinstance(space, Box) and len(space.shape) == 1
+            if not (is_vector or (name == "action" and discrete)):
+                or_whole = ", or Discrete" * (name == "action")
                 raise ValueError(
                     f"{env_id}: its {name} space is {space}; it must be a vector (a Box of one dimension)"
+                    + or_whole
                 )
-        if not env.action_space.is_bounded():
+        if not discrete and not env.action_space.is_bounded():
             raise ValueError(
                 f"{env_id}: its action space {env.action_space} must have finite bounds, to map [-1, 1] to"
             )
@@ -55,7 +61,8 @@ def check(env_id: str) -> tuple[int, int, int]:
             raise ValueError(
                 f"{env_id}: it must have a time limit (max_episode_steps), or an episode might never end"
             )
-        return env.observation_space.shape[0], env.action_space.shape[0], env.spec.max_episode_steps
+        action_size = int(env.action_space.n) if discrete else env.action_space.shape[0]
+        return env.observation_space.shape[0], action_size, env.spec.max_episode_steps, discrete
 
 
 def evaluate(
@@ -63,8 +70,9 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Plays E = `num_episodes` episodes with each of P = `num_policies` policies, all in lock-step.
 
-    `act` maps observations [P, E, obs] to actions [P, E, act] in [-1, 1]. It is called once per step, so that
-    vmapped policies cost one dispatch. Actions are clipped, and mapped linearly to the environment's bounds.
+    `act` maps observations [P, E, obs] to actions [P, E, act] in [-1, 1], or to numbers [P, E] from 0 on if
+    they are discrete. It is called once per step, so that vmapped policies cost one dispatch. Actions in
+    [-1, 1] are clipped, and mapped linearly to the environment's bounds.
     Episode e begins in the same state for every policy. Each episode is played until it ends.
 
     Returns arrays [P, E]: `success` (0/1, solved at any step), `return` (undiscounted) and `length` (steps).
@@ -86,7 +94,7 @@ def evaluate(
         to_box, correction = _action_map(first.action_space), reward_correction(first.spec.id)
         while alive.any():
             action = np.asarray(act(obs), np.float64)
-            diverged = alive & ~np.isfinite(action).all(-1)
+            diverged = alive & ~np.isfinite(action).reshape(*alive.shape, -1).all(-1)
             tally["return"][diverged] = np.nan
             alive &= ~diverged
             action = to_box(action)
@@ -132,8 +140,13 @@ def _make(env_id: str) -> gymnasium.Env:
     raise ValueError(f"there is no Gymnasium environment {env_id!r}{hint}")
 
 
-def _action_map(space: Box) -> Callable[[np.ndarray], np.ndarray]:
-    """The linear map of [-1, 1] onto the box; actions outside [-1, 1] are clipped first."""
+def _action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    """The linear map of [-1, 1] onto the box; actions outside [-1, 1] are clipped first.
+
+    Of a discrete space: the map of 0, 1 ... onto its numbers.
+    """
+    if isinstance(space, Discrete):
+        return lambda action: space.start + action.astype(space.dtype)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     return lambda action: (low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)).astype(space.dtype)
 

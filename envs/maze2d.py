@@ -137,20 +137,27 @@ class Maze2D(Task):
 
         All are in units of the observation. There is no fixed start.
         """
-        low, high = CENTRE - 0.5, CENTRE + 0.5
-        rows, columns = self.walls.shape
-        # Cells with an outline towards the next row, and cells with one towards the next column.
-        across = np.argwhere(self.walls[:-1] != self.walls[1:])
-        along = np.argwhere(self.walls[:, :-1] != self.walls[:, 1:])
-        outlines = [((r + high, c + low), (r + high, c + high)) for r, c in across.tolist()]
-        outlines += [((r + low, c + high), (r + high, c + high)) for r, c in along.tolist()]
+        low, (rows, columns) = CENTRE - 0.5, self.walls.shape
         return {
-            "bounds": (low, rows - 1 + high, low, columns - 1 + high),
-            "walls": outlines,
+            "bounds": (low, low + rows, low, low + columns),
+            "walls": outlines(self.walls, low),
             "start": None,
             "goal": tuple(self.goal.tolist()),
             "goal_radius": GOAL_RADIUS,
         }
+
+
+def outlines(walls: np.ndarray, low: float = 0.0, size: float = 1.0) -> list[tuple]:
+    """The lines ((x, y), (x, y)) between free cells and `walls` [rows, columns] bool.
+
+    The cells are squares of side `size`; the first one's corner is at (low, low).
+    """
+    at = lambda row, column: (low + size * row, low + size * column)  # noqa: E731
+    # Cells with a line towards the next row, and cells with one towards the next column.
+    across = np.argwhere(walls[:-1] != walls[1:]).tolist()
+    along = np.argwhere(walls[:, :-1] != walls[:, 1:]).tolist()
+    lines = [(at(r + 1, c), at(r + 1, c + 1)) for r, c in across]
+    return lines + [(at(r, c + 1), at(r + 1, c + 1)) for r, c in along]
 
 
 def contacts(

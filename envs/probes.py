@@ -3,7 +3,7 @@
 Each one isolates one thing that a learner must get right. The idea is Andy Jones's
 (andyljones.com/posts/rl-debugging.html), here with continuous actions. A learner that fails a probe is wrong
 in the part that the probe names. A learner that passes all five can be tried on a real task. `AllProbes` asks
-all five questions in one run.
+all five questions in one run, and `AllProbesDiscrete` asks them of a learner with discrete actions.
 """
 
 import jax
@@ -108,3 +108,16 @@ class AllProbes(Task):
     def observe(self, inner: tuple[jax.Array, jax.Array]) -> jax.Array:
         which, state = inner
         return jnp.concatenate([state, jax.nn.one_hot(which, len(self.probes))])
+
+
+class AllProbesDiscrete(AllProbes):
+    """`AllProbes` with five actions: the number i stands for the action `LEVELS[i]`.
+
+    The best actions are among them, so the values are the same.
+    """
+
+    LEVELS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    discrete, action_size = True, len(LEVELS)
+
+    def advance(self, inner: tuple[jax.Array, jax.Array], action: jax.Array):
+        return super().advance(inner, jnp.array(self.LEVELS)[action][None])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ooo_rl import envs
+from ooo_rl.envs.probes import AllProbesDiscrete
 
 KNOWN = [  # (probe, observation, its value under the best action, this action; None where all are as good)
     ("constant reward", 0.0, 1.0, None),
@@ -16,11 +17,12 @@ KNOWN = [  # (probe, observation, its value under the best action, this action; 
     ("match obs", -0.5, 1.0, -0.5),
     ("match obs", 0.5, 1.0, 0.5),
 ]
+LEVELS = jnp.array(AllProbesDiscrete.LEVELS)
 PROBES = list(dict.fromkeys(name for name, *_ in KNOWN))  # in the order of the one-hot part of observations
 
 
 def check(nets, agents, actors, act, discounts, where, without=()):
-    """Values of the best actions and mean actions in `probe-all`, against those known.
+    """Values of the best actions and mean actions in `probe-all`, or `-discrete`, against those known.
 
     `agents` are those of all runs, `act(actor, obs)` plays one of their policies, `discounts` has one number
     per run. `where` begins the message; the probes in `without` are not asked. An agent without values
@@ -33,6 +35,8 @@ def check(nets, agents, actors, act, discounts, where, without=()):
 
     def ask(agent, actor):
         action = act(actor, obs)
+        if action.ndim == 1:  # discrete: numbers of levels; the values of all are the policy's own
+            return LEVELS[action][:, None], nets.actor.apply(actor, obs).max(axis=-1)
         if hasattr(agent, "value"):
             return action, nets.value.apply(agent.value.params, obs)
         if hasattr(agent, "critic"):
@@ -60,7 +64,7 @@ def random_rows(path, env="probe-all", n=8_000, without=()):
 
     def step(state, key):
         action_key, reset_key = jax.random.split(key)
-        action = jax.random.uniform(action_key, (env.action_size,), minval=-1, maxval=1)
+        action = envs.random_actions(env, action_key)
         following, reached = envs.step_and_reset(env, state, action, reset_key)
         return following, (state.obs, action, reached.reward, reached.obs, reached.info["termination"])
 

@@ -2,6 +2,7 @@
 settings it names.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooo_rl.algos import iql, ooo_iql
+from ooo_rl.algos import dqn, iql, ooo_iql
 from ooo_rl.data.datasets import write as dataset_files
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import plan, session
@@ -59,9 +60,9 @@ def refused(monkeypatch, capsys, tmp_path):
     the error.
     """
 
-    def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs"):
+    def refused(*flags, module=ooo_iql, runs_dir=tmp_path / "runs", families=FAMILIES):
         monkeypatch.setattr(Compiled, "program", lambda *_, **__: pytest.fail("compiled before the error"))
-        monkeypatch.setattr(module, "FAMILIES", FAMILIES)
+        monkeypatch.setattr(module, "FAMILIES", families)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--runs-dir", str(runs_dir)])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as exit:
@@ -122,6 +123,11 @@ def refused(monkeypatch, capsys, tmp_path):
             "--eval-env Pendulum-v1",
             "--eval-env Pendulum-v1 has 3 observations and 1 actions, the policy 2 and 2",
         ),
+        (
+            "--env toy-maze --offline-steps 0",
+            "--env toy-maze has discrete actions, and this method needs cont",
+        ),
+        ("--eval-env CartPole-v1", "--eval-env CartPole-v1 has discrete actions, and this method needs cont"),
         ("--export ooo/x --buffer-size 320", "--export needs online steps, and a buffer that holds all"),
         ("--export ooo/a.b", "Malformed dataset ID: ooo/a.b-seed0-v0"),
         ("--export ooo/x --online-steps 0", "--export needs online steps"),
@@ -136,6 +142,20 @@ def test_bad_flags(refused, flags, message):
 )
 def test_bad_flags_of_iql(refused, flags):
     refused(*flags.split(), module=iql)
+
+
+def test_a_method_of_discrete_actions_refuses_others(refused, tmp_path):
+    needs = "continuous actions, and this method needs discrete ones"
+    refuses = functools.partial(refused, module=dqn, families={})
+    assert f"--env point-mass-wall has {needs}" in refuses("--env", "point-mass-wall")
+    fresh = "--env", "toy-maze", "--offline-steps", 0
+    assert f"--eval-env Pendulum-v1 has {needs}" in refuses(*fresh, "--eval-env", "Pendulum-v1")
+    assert "--eval-env CartPole-v1 has 4 observations and 2 actions, the policy 2 and 5" in refuses(
+        *fresh, "--eval-env", "CartPole-v1"
+    )
+    data = "--dataset", write(tmp_path / "c.npz")
+    assert needs in refuses(*data, "--online-steps", 0)
+    assert "continuous actions, toy-maze has discrete ones" in refuses(*data, "--env", "toy-maze")
 
 
 def write(path, change=None, obs=2, act=2, n=50):
@@ -167,6 +187,12 @@ def test_bad_datasets(refused, tmp_path):
     assert re.search(
         r"\(row 3\): an action lies outside",
         refused("--dataset", write(tmp_path / "c.hdf5", ("actions", 3, 2.0))),
+    )
+    numbers = write(tmp_path / "n.npz")
+    np.savez(numbers, **{**np.load(numbers), "actions": np.arange(50) % 4})
+    assert "discrete actions, point-mass-wall has continuous ones" in refused("--dataset", numbers)
+    assert "discrete actions, and this method needs continuous ones" in refused(
+        "--dataset", numbers, "--online-steps", 0
     )
     path = write(tmp_path / "d.hdf5")
     path.write_bytes(path.read_bytes()[:-500])
@@ -431,12 +457,18 @@ def test_return_range_scales_the_rewards_by_the_datas_returns():
     hyper, _ = grid(iql.Args(env="hopper", dataset="x"))
     card = {"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]}
 
-    def scaled(data, size):
-        return session.Session.scaled_to(SimpleNamespace(hyper=hyper, card=card, data=data), size)
+    def scaled(data, size, init_from=""):
+        args = SimpleNamespace(init_from=init_from)
+        return session.Session.scaled_to(SimpleNamespace(hyper=hyper, card=card, data=data, args=args), size)
 
     np.testing.assert_allclose(scaled("some", 1000).reward_scale, 0.25)
     np.testing.assert_allclose(scaled(None, 1000).reward_scale, 1.0)
     np.testing.assert_allclose(scaled("some", 0).reward_scale, 1.0)
+    np.testing.assert_allclose(scaled(None, 0, "runs/x").reward_scale, 1.0)
+    with pytest.raises(
+        UsageError, match="--return-range 1000 with --init-from: name the --dataset of that run"
+    ):
+        scaled(None, 1000, "runs/x")
     card["return_quantiles"] = [5.0] * 5
     with pytest.raises(UsageError, match="every episode of x has the return 5"):
         scaled("some", 1000)

@@ -378,10 +378,37 @@ def test_no_box_leaves_actions_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(12,), (12, 1)])
-@pytest.mark.parametrize("values", [np.arange(12) % 2, np.arange(12) % 2 == 1, (np.arange(12) % 3) * 1.0])
-def test_discrete_actions_are_refused(tmp_path, shape, values):
+@pytest.mark.parametrize("values", [np.arange(12) % 2 == 1, (np.arange(12) % 3) * 1.0])
+def test_discrete_actions_that_are_no_integers_are_refused(tmp_path, shape, values):
     arrays = flat(episodes(), True) | {"actions": values.reshape(shape)}
-    with pytest.raises(DatasetError, match=r"look like discrete actions.*need continuous"):
+    with pytest.raises(DatasetError, match=r"look like discrete actions.*store them as integers"):
+        load(save(tmp_path / "d.npz", arrays))
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 1)])
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_integers_in_one_column_are_discrete_actions(tmp_path, shape, kind):
+    values = np.arange(12) % 3
+    arrays = flat(episodes(), True) | {"actions": values.astype(kind).reshape(shape)}
+    path = save(tmp_path / "d.npz", arrays)
+    data = load(path)
+    assert data.discrete and data.transitions.action.dtype == np.int32
+    np.testing.assert_array_equal(data.transitions.action, values)
+    assert data.card["discrete"] and data.card["action_size"] == 3
+    if len(shape) == 2:  # the user says that they are continuous
+        assert load(path, action_box=(0, 2)).card["discrete"] is None
+    for more in (3, 4):  # the data may lack some of an environment's actions
+        validate.check_fits(data, 3, more, "toy", discrete=True)
+    for wrong in ((3, 2, True), (2, 3, True), (3, 3, False)):
+        with pytest.raises(DatasetError, match="do not belong together"):
+            validate.check_fits(data, *wrong[:2], "toy", discrete=wrong[2])
+
+
+@pytest.mark.parametrize("low", [-1, -(2**40)])
+def test_a_discrete_action_below_0_is_refused(tmp_path, low):
+    values = np.where(np.arange(12) == 5, low, np.arange(12) % 3)
+    arrays = flat(episodes(), True) | {"actions": values}
+    with pytest.raises(DatasetError, match=rf"episode 1, step 1 .*the action is {low}.*from 0 to 2"):
         load(save(tmp_path / "d.npz", arrays))
 
 
@@ -394,7 +421,8 @@ def test_continuous_actions_that_look_whole_are_kept(tmp_path):
 
 
 SPACES = [  # an action space; actions of it; what is said
-    (gymnasium.spaces.Discrete(4), np.arange(3), "action space is Discrete"),
+    (gymnasium.spaces.Discrete(2), np.arange(3), "the action is 2; discrete actions .* from 0 to 1"),
+    (gymnasium.spaces.Discrete(4), np.arange(3.0), "Discrete, but its actions are float64"),
     (gymnasium.spaces.MultiDiscrete([2, 2]), np.ones((3, 2), int), "action space is MultiDiscrete"),
     (
         gymnasium.spaces.Dict({"a": gymnasium.spaces.Box(-1, 1, (2,))}),
@@ -412,6 +440,23 @@ def test_other_action_spaces_are_refused(root, space, actions, message):
     write_box("other-v0", actions, space)
     with pytest.raises(DatasetError, match=message):
         load("other-v0")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_discrete_actions_of_minari_begin_at_0(root):
+    write_box("chosen-v0", np.array([2, 3, 5]), gymnasium.spaces.Discrete(4, start=2))
+    data = load("chosen-v0")
+    assert data.transitions.action.tolist() == [0, 1, 3] and data.card["action_size"] == 4
+
+
+def test_discrete_actions_are_written_and_read_again(root):
+    parts = episodes()
+    for i, part in enumerate(parts):
+        part["actions"] = (np.arange(len(part["rewards"])) + i) % 4
+    write.write_minari("chosen-v0", parts, description="", choices=5)
+    data = load("chosen-v0")
+    np.testing.assert_array_equal(data.transitions.action, joined(parts, "actions"))
+    assert data.discrete and data.card["action_size"] == 5
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

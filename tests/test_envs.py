@@ -49,7 +49,7 @@ def check_types(env, state, following, reached, shape):
 def check_contract(env, worlds, actions_seed=0):
     """Plays `worlds` worlds at random beyond the end of their episodes, in one program."""
     rng, length = np.random.default_rng(actions_seed), env.horizon + 2
-    actions = np.float32(rng.uniform(-1, 1, (length, worlds, env.action_size)))
+    actions = envs.random_actions(env, jax.random.PRNGKey(actions_seed), (length, worlds))
     keys = rng.integers(0, 2**32, (length + 1, worlds, 2), dtype=np.uint32)
 
     def step(state, x):
@@ -79,9 +79,23 @@ def test_contract(name):
 @pytest.mark.parametrize("name", TRACED)
 def test_contract_of_types(name):
     env = envs.make(name)
-    state, action = jax.eval_shape(env.reset, jax.random.PRNGKey(0)), jnp.zeros(env.action_size)
+    state, action = (
+        jax.eval_shape(env.reset, jax.random.PRNGKey(0)),
+        envs.random_actions(env, jax.random.PRNGKey(0)),
+    )
     step = lambda state, key: envs.step_and_reset(env, state, action, key)  # noqa: E731
     check_types(env, state, *jax.eval_shape(step, state, jax.random.PRNGKey(0)), ())
+
+
+def test_random_actions_are_of_the_environments_kind():
+    key = jax.random.PRNGKey(0)
+    vectors, numbers = (
+        envs.random_actions(envs.make(f"probe-all{kind}"), key, (99, 2)) for kind in ("", "-discrete")
+    )
+    assert vectors.shape == (99, 2, 1) and vectors.dtype == jnp.float32 and -1 <= vectors.min() < -0.9
+    assert (
+        numbers.shape == (99, 2) and numbers.dtype == jnp.int32 and set(np.unique(numbers)) == set(range(5))
+    )
 
 
 def test_many_environments_step_as_each_alone():

@@ -133,10 +133,16 @@ def check(data):
     """The arrays of `data` are finite, and fit one another."""
     rows, n = data.transitions, len(data.episode)
     for array in (rows.obs, rows.action, rows.reward, rows.next_obs, rows.discount):
-        assert array.dtype == np.float32 and len(array) == n > 0 and np.isfinite(array).all()
-    assert rows.obs.shape == rows.next_obs.shape and rows.obs.ndim == rows.action.ndim == 2
+        kind = np.int32 if data.discrete and array is rows.action else np.float32
+        assert array.dtype == kind and len(array) == n > 0 and np.isfinite(array).all()
+    assert rows.obs.shape == rows.next_obs.shape and rows.obs.ndim == 2
     assert rows.reward.shape == rows.discount.shape == data.truncation.shape == (n,)
-    assert rows.obs.shape[1] and rows.action.shape[1] and np.abs(rows.action).max() <= 1
+    assert rows.obs.shape[1]
+    if data.discrete:
+        assert rows.action.shape == (n,) and rows.action.min() >= 0
+        assert rows.action.max() < data.card["action_size"]
+    else:
+        assert rows.action.ndim == 2 and rows.action.shape[1] and np.abs(rows.action).max() <= 1
     assert np.isin(rows.discount, (0, 1)).all() and not (data.truncation & (rows.discount == 0)).any()
     last = np.append(np.diff(data.episode) != 0, True)
     assert data.episode[0] == 0 and np.isin(np.diff(data.episode), (0, 1)).all()

@@ -97,7 +97,7 @@ def test_episodes_end_each_at_its_time_and_success_counts_at_any_step(monkeypatc
     monkeypatch.setattr(Corridor, "key", key, raising=False)
     spec = gymnasium.envs.registration.EnvSpec("Corridor-v0", Corridor, max_episode_steps=12)
     monkeypatch.setitem(gymnasium.registry, "Corridor-v0", spec)
-    assert gymnasium_eval.check("Corridor-v0") == (1, 1, 12)
+    assert gymnasium_eval.check("Corridor-v0") == (1, 1, 12, False)
     speed = np.array([1.0, 0.0, -1.0])[:, None, None]  # 1, 1/2 and 0 to the right per step
     found = gymnasium_eval.evaluate(
         "Corridor-v0", lambda obs: speed + 0 * obs, num_episodes=4, seed=0, num_policies=3
@@ -108,12 +108,41 @@ def test_episodes_end_each_at_its_time_and_success_counts_at_any_step(monkeypatc
     np.testing.assert_array_equal(found["success"], [[1] * 4, [1] * 4, [0] * 4])
 
 
+class Turnstile(gymnasium.Env):
+    """Actions are 3, 4 and 5; the reward is the action."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
+    action_space = gymnasium.spaces.Discrete(3, start=3)
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return np.zeros(1, np.float32), float(action), False, False, {}
+
+
+def test_discrete_actions_are_numbers_from_0_on(monkeypatch):
+    spec = gymnasium.envs.registration.EnvSpec("Turnstile-v0", Turnstile, max_episode_steps=4)
+    monkeypatch.setitem(gymnasium.registry, "Turnstile-v0", spec)
+    assert gymnasium_eval.check("Turnstile-v0") == (1, 3, 4, True)
+    choice = np.array([[0], [2]])
+    found = gymnasium_eval.evaluate(
+        "Turnstile-v0",
+        lambda obs: choice + 0 * obs[..., 0].astype(int),
+        num_episodes=2,
+        seed=0,
+        num_policies=2,
+    )
+    np.testing.assert_array_equal(found["return"], [[12, 12], [20, 20]])
+    assert (found["length"] == 4).all()
+
+
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
         ("Pendulun-v1", "no Gymnasium environment 'Pendulun-v1'; did you mean Pendulum-v1"),
         ("Pendulum-v9", "did you mean Pendulum-v1"),
-        ("CartPole-v1", "action space is Discrete"),
         ("Blackjack-v1", "observation space is Tuple"),
         ("Hopper-v2", "Hopper-v2"),
         ("no_such_module:Thing-v0", "cannot be made: ModuleNotFoundError"),
@@ -130,7 +159,7 @@ def test_dict_observations_are_refused_and_the_hand_is_not():
         gymnasium_eval.check("PointMaze_UMaze-v3")
     with pytest.raises(ValueError, match="did you mean AdroitHandDoor-v1"):
         gymnasium_eval.check("AdroitHandDor-v1")
-    assert gymnasium_eval.check("AdroitHandDoor-v1") == (39, 28, 200)
+    assert gymnasium_eval.check("AdroitHandDoor-v1") == (39, 28, 200, False)
 
 
 def test_without_the_robotics_package_the_error_says_how_to_get_it(monkeypatch):
@@ -224,4 +253,4 @@ def test_the_module_works_without_the_robotics_package():
     hide = "import sys; sys.modules['gymnasium_robotics'] = None"
     program = f"{hide}; from ooo_rl.envs import gymnasium_eval; print(gymnasium_eval.check('Pendulum-v1'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "(3, 1, 200)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "(3, 1, 200, False)" in done.stdout, done.stderr

@@ -50,8 +50,9 @@ def test_a_saved_policy_acts_as_its_layers_do(tmp_path, output, name, activation
     loaded = policy.load(tmp_path / "p.npz")
     assert str(loaded["algo"]) == "iql" and str(loaded["note"]) == "trained on nothing"
     action = policy.act(loaded, obs)
-    assert action.shape == (4, 6, 2)
-    squash = np.tanh if output != "clip" else (lambda u: np.clip(u, -1, 1))
+    assert action.shape == ((4, 6) if output == "argmax" else (4, 6, 2))
+    assert policy.is_discrete(loaded) == (output == "argmax")
+    squash = {"clip": lambda u: np.clip(u, -1, 1), "argmax": np.argmax}.get(output, np.tanh)
     for place in np.ndindex(4, 6):
         seen = [
             min(max((o - m) / s, -1.5), 1.5)
@@ -60,7 +61,7 @@ def test_a_saved_policy_acts_as_its_layers_do(tmp_path, output, name, activation
         np.testing.assert_allclose(action[place], squash(by_hand(layers, seen, activation)), atol=1e-5)
 
 
-@pytest.mark.parametrize("output", policy.OUTPUTS)
+@pytest.mark.parametrize("output", [output for output in policy.OUTPUTS if output != "argmax"])
 def test_samples_are_distributed_as_the_output_says(tmp_path, output):
     layers, log_std = [(np.zeros((3, 2)), np.array([0.3, -0.8]))], np.log([0.2, 0.6])
     loaded = saved(tmp_path / "p.npz", layers, log_std=log_std, output=output)
@@ -178,6 +179,57 @@ def test_the_parameters_of_flax_with_a_head_for_the_noise(tmp_path, head):
     noise = np.random.default_rng(2).normal(size=(7, 2))
     sampled = np.clip(mean + std * noise, -1, 1)
     np.testing.assert_allclose(policy.forward(loaded, obs, noise, np), sampled, atol=1e-5)
+
+
+# --- policies that decode a latent action ---
+
+
+def decoder_of(path, **settings):
+    """Layers of the decoder and of what gives its latent action, and the policy as read from the file `path`."""
+    before, layers = random_layers((3, 6, 4)), random_layers((7, 5, 8, 2), seed=1)
+    return before, layers, saved(path, layers, latent=(before, 1.5), obs_mean=0.5, obs_std=2.0, **settings)
+
+
+def test_a_decoded_latent_action_is_that_of_both_networks(tmp_path):
+    before, layers, loaded = decoder_of(tmp_path / "p.npz", output="clip", log_std=np.log([0.1, 0.2]))
+    assert policy.policy_sizes(loaded) == (3, 2)
+    obs, noise = (np.random.default_rng(k).normal(size=(4, 6, size)) for k, size in ((1, 3), (2, 2)))
+    mean, sampled = policy.act(loaded, obs), policy.forward(loaded, obs, noise, np)
+    relu = lambda x: max(x, 0.0)  # noqa: E731
+    for place in np.ndindex(4, 6):
+        x = (obs[place] - 0.5) / 2
+        latent = 1.5 * np.tanh(by_hand(before, x, relu))
+        u = by_hand(layers, [*x, *latent], relu)
+        np.testing.assert_allclose(mean[place], np.clip(u, -1, 1), atol=1e-5)
+        expected = np.clip(u + noise[place] * [0.1, 0.2], -1, 1)
+        np.testing.assert_allclose(sampled[place], expected, atol=1e-5)
+    traced = jax.jit(jax.vmap(lambda o: policy.forward(loaded, o, None, jnp)))(np.float32(obs))
+    np.testing.assert_allclose(traced, mean, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\[\.\.\., 3\], not \(4, 7\)"):
+        policy.act(loaded, np.zeros((4, 7)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_latent_layers": None}, "the key num_latent_layers is missing"),
+        ({"v1": None, "latent_max": None}, "with num_latent_layers 2, the keys v1, latent_max are missing"),
+        ({"num_latent_layers": 0}, "num_latent_layers must be a whole number, at least 1"),
+        ({"latent_max": np.float32(0)}, "latent_max must be positive"),
+        ({"c0": np.ones(5, np.float32)}, r"c0 must be floating-point \(6,\)"),
+        (
+            {"v1": np.ones((6, 3), np.float32), "c1": np.ones(3, np.float32)},
+            r"w0 must be floating-point \(6, 5\)",
+        ),
+        ({"v0": np.full((3, 6), np.inf, np.float32)}, "v0 is not finite"),
+    ],
+)
+def test_a_bad_decoder_is_refused(tmp_path, changes, message):
+    path = tmp_path / "bad.npz"
+    decoder_of(path)
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=r"bad\.npz: .*" + message):
+        policy.load(path)
 
 
 # --- policies that are no MLP ---

@@ -18,8 +18,8 @@ def of_space(space: Any, where: str) -> Box | None:
     kind = space.get("type") if isinstance(space, dict) else space
     if kind != "Box":
         raise DatasetError(
-            f"{where}: its action space is {kind}; these methods need continuous actions, each one vector of "
-            "numbers (a Box)"
+            f"{where}: its action space is {kind}; methods need actions that are each one vector of numbers "
+            "(a Box), or one whole number (Discrete)"
         )
     try:
         low, high = (np.array(space[key], space["dtype"]).astype(np.float64) for key in ("low", "high"))
@@ -51,8 +51,8 @@ def check_continuous(action: np.ndarray, where: str) -> None:
     whole = action.dtype.kind in "iub" or (action.size and (action == np.round(action)).all())
     if one_column and whole and (action.dtype.kind != "f" or (action.min() >= 0 and action.max() >= 1)):
         raise DatasetError(
-            f"{where}: its actions are whole numbers in one column, which look like discrete actions; these "
-            "methods need continuous ones. If they are continuous, store them as floats and give "
+            f"{where}: its actions are whole numbers in one column, which look like discrete actions, but "
+            "are not integers. If they are discrete, store them as integers; if they are continuous, give "
             "--action-low and --action-high"
         )
 

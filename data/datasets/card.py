@@ -21,7 +21,9 @@ def make_card(
     truncated last rows. `raw` (validate.Raw) gives the notes, the recipe and the actions before clipping.
 
     action_low and action_high are the bounds that the actions had in the file: they are rescaled to [-1, 1]
-    already. They are None where nobody has said. ordered: whether rows follow one another in time.
+    already. They are None where nobody has said. discrete: True if actions are numbers of choices, of which
+    there are action_size, or, if the file does not say it, one more than the largest. ordered: whether rows
+    follow one another in time.
     """
     returns, lengths = np.bincount(episode, rows.reward), np.bincount(episode)
     quantiles = lambda x: [round(float(q), 4) for q in np.quantile(x, (0, 0.25, 0.5, 0.75, 1))]  # noqa: E731
@@ -34,7 +36,8 @@ def make_card(
     return {
         "id": name, "source": source, "sha256": digest.hexdigest()[:16],
         "episodes": len(lengths), "transitions": len(episode),
-        "obs_size": rows.obs.shape[1], "action_size": rows.action.shape[1],
+        "obs_size": rows.obs.shape[1], "action_size": raw.choices or rows.action.shape[1],
+        "discrete": bool(raw.choices) or None,
         "return_quantiles": quantiles(returns), "return_mean": float(returns.mean()),
         "length_quantiles": quantiles(lengths),
         "reward_range": [float(rows.reward.min()), float(rows.reward.max())],

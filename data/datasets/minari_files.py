@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ooo_rl.data.datasets import action_box, files, keys, public
+from ooo_rl.data.datasets import action_box, choices, files, keys, public
 from ooo_rl.data.datasets.folder import METADATA, MINARI_FILE
 from ooo_rl.data.datasets.validate import Raw
 from ooo_rl.data.errors import DatasetError
@@ -24,11 +24,14 @@ def read(path: pathlib.Path, name: str) -> Raw:
     metadata = _metadata(path.parent / METADATA, name)
     where = f"{path.parent / METADATA}"
     space = metadata.get("action_space")
-    box = None
+    box, number, first = None, 0, 0
     if space is not None:
         with files.decoding(path.parent / METADATA):
             space = json.loads(space) if isinstance(space, str) else space
-        box = action_box.of_space(space, where)
+        if isinstance(space, dict) and space.get("type") == "Discrete":
+            number, first = choices.of_space(space, where)
+        else:
+            box = action_box.of_space(space, where)
     parts, notes = [], []
     for key, episode in _from_hdf5(path) if path.name == MINARI_FILE else _from_arrow(path, metadata):
         part = _rows(episode, f"{path}: {key}", notes)
@@ -41,11 +44,21 @@ def read(path: pathlib.Path, name: str) -> Raw:
     dataset_id = metadata.get("dataset_id")
     dataset_id = dataset_id if isinstance(dataset_id, str) else name
     notes = [*dict.fromkeys(notes), *public.notes(dataset_id)]
-    if space is not None and box is None:
+    if space is not None and box is None and not number:
         notes.append("the action space has no finite bounds: actions taken as they are")
     recipe = metadata.get("recipe") or metadata.get("description")
-    columns = (np.concatenate(column) for column in zip(*parts))
-    return Raw(*columns, notes, recipe, box=box, is_box=space is not None, dataset_id=dataset_id)
+    obs, action, *others = (np.concatenate(column) for column in zip(*parts))
+    if number:
+        action = _numbers(action, where) - first
+    known = {"box": box, "is_box": space is not None and not number, "choices": number}
+    return Raw(obs, action, *others, notes, recipe, dataset_id=dataset_id, **known)
+
+
+def _numbers(action: np.ndarray, where: str) -> np.ndarray:
+    """Discrete actions as signed integers."""
+    if action.dtype.kind not in "iub":
+        raise DatasetError(f"{where}: its action space is Discrete, but its actions are {action.dtype}")
+    return action.astype(np.int64)
 
 
 def _metadata(path: pathlib.Path, name: str) -> dict:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ooo_rl.data.buffer import Transition
-from ooo_rl.data.datasets import action_box, public
+from ooo_rl.data.datasets import action_box, choices, public
 from ooo_rl.data.datasets.card import make_card
 from ooo_rl.data.errors import DatasetError
 
@@ -24,6 +24,7 @@ class Dataset:
     """N rows of experience in the order of time.
 
     transitions: float32 numpy arrays [N, ...]; discount is 0 if the episode terminated after the row, else 1.
+    Discrete actions are int32 [N].
 
     episode: int32 [N], the number of the row's episode, counted from 0.
 
@@ -36,6 +37,11 @@ class Dataset:
     episode: np.ndarray
     truncation: np.ndarray
     card: dict
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are whole numbers."""
+        return self.transitions.action.ndim == 1
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Raw:
     ordered: bool = True  # whether rows follow one another in time
     box: action_box.Box | None = None  # the lowest and highest action, if known
     is_box: bool = False  # whether the file says that actions are continuous
+    choices: int = 0  # how many discrete actions there are; 0: they are continuous
     dataset_id: str = ""  # the id that the file itself gives
 
 
@@ -65,24 +72,29 @@ def validate(
 ) -> None:
     """Raises DatasetError for the first fault that makes `raw` unfit for learning.
 
-    Actions are rescaled from their box to [-1, 1]; the box is that of `bounds` (lowest, highest), or the
-    file's. An action outside [-1, 1] is then a fault, unless `clip_out_of_range` is set. Then a note says so,
-    and `finish` clips the action.
+    Discrete actions must be numbers of choices. Others are rescaled from their box to [-1, 1]; the box is
+    that of `bounds` (lowest, highest), or the file's. An action outside [-1, 1] is then a fault, unless
+    `clip_out_of_range` is set. Then a note says so, and `finish` clips the action.
     """
     if len(raw.reward) == 0:
         raise DatasetError(f"{source}: no transitions")
-    if not (raw.is_box or action_box.of_flags(bounds, 1)):
-        action_box.check_continuous(raw.action, source)
+    if not (raw.is_box or raw.choices or action_box.of_flags(bounds, 1)):
+        raw.choices = choices.in_column(raw.action)
+        if not raw.choices:
+            action_box.check_continuous(raw.action, source)
     _check_shapes(raw, source)
     episode, step = _episodes(raw.end)
     in_file = np.arange(len(raw.reward)) if raw.row is None else raw.row
     where = lambda row: f"{source}: episode {episode[row]}, step {step[row]} (row {in_file[row]})"  # noqa: E731
     _check_finite(raw, where)
-    raw.box = action_box.of_flags(bounds, raw.action.shape[1]) or raw.box
-    if raw.box:
-        raw.action, note = action_box.to_unit(raw.action, raw.box, source)
-        raw.notes += [note] * bool(note)
-    _check_actions(raw, where, clip_out_of_range)
+    if raw.choices:
+        choices.check(raw.action, raw.choices, where)
+    else:
+        raw.box = action_box.of_flags(bounds, raw.action.shape[1]) or raw.box
+        if raw.box:
+            raw.action, note = action_box.to_unit(raw.action, raw.box, source)
+            raw.notes += [note] * bool(note)
+        _check_actions(raw, where, clip_out_of_range)
     gap = gaps(raw.obs, raw.next_obs) & ~raw.end[:-1]
     if gap.any():
         order = "; if the rows are in no order, leave out what marks time limits" if gap.mean() > 0.5 else ""
@@ -103,9 +115,9 @@ def gaps(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
 def _check_shapes(raw: Raw, source: str) -> None:
     """Raises DatasetError if the columns of `raw` do not belong together; makes floats of whole numbers."""
     n = len(raw.reward)
-    for name, rank in (("obs", 2), ("action", 2), ("reward", 1), ("next_obs", 2)):
+    for name, rank in (("obs", 2), ("action", 1 if raw.choices else 2), ("reward", 1), ("next_obs", 2)):
         array = getattr(raw, name)
-        if array.ndim == rank + 1 and array.shape[-1] == 1 and name == "reward":
+        if array.ndim == 2 and array.shape[-1] == 1 and rank == 1:
             array = array[:, 0]
         if array.ndim != rank or len(array) != n:
             raise DatasetError(
@@ -114,7 +126,9 @@ def _check_shapes(raw: Raw, source: str) -> None:
             )
         if not array.size:
             raise DatasetError(f"{source}: {name} has shape {array.shape}, so its rows are empty")
-        setattr(raw, name, array if array.dtype.kind == "f" else array.astype(np.float64))
+        if name != "action" or not raw.choices:
+            array = array if array.dtype.kind == "f" else array.astype(np.float64)
+        setattr(raw, name, array)
     if raw.obs.shape != raw.next_obs.shape:
         raise DatasetError(
             f"{source}: observations are {raw.obs.shape[1:]}, next observations {raw.next_obs.shape[1:]}"
@@ -177,26 +191,28 @@ def finish(raw: Raw, name: str, source: str, clip_actions: float) -> Dataset:
     termination = raw.termination.astype(bool)
     raw.end[-1] = True
     raw.end |= termination
-    columns = (
-        raw.obs,
-        np.clip(raw.action, -clip_actions, clip_actions),
-        raw.reward,
-        raw.next_obs,
-        1 - termination,
-    )
+    columns = raw.obs, raw.action, raw.reward, raw.next_obs, 1 - termination
     rows = Transition(*(np.ascontiguousarray(column, np.float32) for column in columns))
+    action = np.int32(raw.action) if raw.choices else np.clip(rows.action, -clip_actions, clip_actions)
+    rows = rows.replace(action=action)
     episode, _ = _episodes(raw.end)
     truncation = raw.end & ~termination
     return Dataset(rows, episode, truncation, make_card(raw, rows, episode, truncation, name, source))
 
 
-def check_fits(data: Dataset, obs_size: int, action_size: int, env: str) -> None:
-    """Raises DatasetError if the sizes of the dataset's observations and actions are not those given.
+def check_fits(data: Dataset, obs_size: int, action_size: int, env: str, discrete: bool = False) -> None:
+    """Raises DatasetError if the dataset's observations and actions are not of the kind and sizes given.
 
-    `obs_size` and `action_size` are the sizes of the environment `env`.
+    `obs_size` and `action_size` are the sizes of the environment `env`. Of its discrete actions, the data may
+    lack some.
     """
-    has = data.transitions.obs.shape[1], data.transitions.action.shape[1]
-    if has != (obs_size, action_size):
+    if data.discrete != discrete:
+        raise DatasetError(
+            f"{data.card['id']} has {choices.kind(data.discrete)} actions, {env} has "
+            f"{choices.kind(discrete)} ones: they do not belong together"
+        )
+    has = data.transitions.obs.shape[1], data.card["action_size"]
+    if has[0] != obs_size or has[1] > action_size or (has[1] < action_size and not discrete):
         body = public.body(*has)
         raise DatasetError(
             f"{data.card['id']} has {has[0]} observations and {has[1]} actions, "

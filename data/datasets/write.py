@@ -80,12 +80,18 @@ def episode(
 
 
 def write_minari(
-    dataset_id: str, episodes: list[dict[str, np.ndarray]], *, description: str, recipe: Any = None
+    dataset_id: str,
+    episodes: list[dict[str, np.ndarray]],
+    *,
+    description: str,
+    recipe: Any = None,
+    choices: int = 0,
 ) -> None:
     """Writes episodes as a Minari dataset, completely or not at all.
 
     Each episode has observations [T + 1, obs], actions [T, act] in [-1, 1], rewards, terminations and
-    truncations [T]. `recipe` (plain types) says how the dataset was made, and goes into the metadata. D4RL's
+    truncations [T]. If actions are discrete, `choices` is their number, and they are integers [T]. `recipe`
+    (plain types) says how the dataset was made, and goes into the metadata. D4RL's
     reference scores go there too, if the id names a task that has them. Raises DatasetError if the id is
     taken or not valid.
     """
@@ -93,11 +99,15 @@ def write_minari(
     check_free(dataset_id)
     if os.environ.get("MINARI_DATASETS_PATH", "").startswith("~"):  # Minari would make a folder named ~
         os.environ["MINARI_DATASETS_PATH"] = str(root)
-    obs, action = (episodes[0][key].shape[1] for key in ("observations", "actions"))
+    obs, spaces = episodes[0]["observations"].shape[1], gymnasium.spaces
+    if choices:
+        action_space = spaces.Discrete(choices)
+    else:
+        action_space = spaces.Box(-1, 1, episodes[0]["actions"].shape[1:], np.float32)
     buffers = [
         EpisodeBuffer(
-            id=i, observations=np.float32(e["observations"]), actions=np.float32(e["actions"]),
-            rewards=list(np.float32(e["rewards"])),
+            id=i, observations=np.float32(e["observations"]),
+            actions=np.asarray(e["actions"], action_space.dtype), rewards=list(np.float32(e["rewards"])),
             terminations=list(map(bool, e["terminations"])), truncations=list(map(bool, e["truncations"])),
             infos={"step": np.arange(len(e["observations"]))},
         )
@@ -113,8 +123,8 @@ def write_minari(
             warnings.simplefilter("ignore", UserWarning)
             written = minari.create_dataset_from_buffers(
                 temporary, buffers, description=description, author={"ooo-rl"},
-                observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (obs,), np.float32),
-                action_space=gymnasium.spaces.Box(-1, 1, (action,), np.float32), requirements=[],
+                observation_space=spaces.Box(-np.inf, np.inf, (obs,), np.float32),
+                action_space=action_space, requirements=[],
             )  # fmt: skip
         scores = reference(dataset_id)
         extra = {
@@ -131,9 +141,16 @@ def write_minari(
 
 
 def export_experience(
-    dataset_id: str, rows: Transition, num_envs: int, description: str = "", recipe: Any = None
+    dataset_id: str,
+    rows: Transition,
+    num_envs: int,
+    description: str = "",
+    recipe: Any = None,
+    choices: int = 0,
 ) -> None:
     """Writes flat online rows [N, ...] as a Minari dataset; row i belongs to environment i % num_envs.
+
+    `choices` is the number of discrete actions, 0 if they are continuous.
 
     The rows of an environment stay in one episode as long as nothing terminates, and as long as each next
     observation is the observation of the environment's next row.
@@ -148,17 +165,19 @@ def export_experience(
         )
         goes_on = (own.discount[:-1] > 0) & (own.next_obs[:-1] == own.obs[1:]).all(axis=1)
         cuts = [0, *(np.flatnonzero(~goes_on) + 1), len(own.reward)]
+        # Continuous actions are clipped, as the environment got them.
+        action = own.action if choices else np.clip(own.action, -1, 1)
         for a, b in itertools.pairwise(cuts):
             episodes.append(
                 episode(
                     own.obs[a:b],
                     own.next_obs[b - 1],
-                    np.clip(own.action[a:b], -1, 1),  # as the environment got them
+                    action[a:b],
                     own.reward[a:b],
                     own.discount[a:b] == 0,
                 )
             )
-    write_minari(dataset_id, episodes, description=description, recipe=recipe)
+    write_minari(dataset_id, episodes, description=description, recipe=recipe, choices=choices)
 
 
 def piece(whole: dict[str, np.ndarray], a: int, b: int) -> dict[str, np.ndarray]:

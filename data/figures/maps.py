@@ -104,11 +104,10 @@ def draw_panel(ax: Axes, layout: dict, panel: Panel, cells: int = 60) -> None:
             solid_capstyle="butt",
             zorder=3,
         )
-    ax.add_patch(
-        Circle(
-            layout["goal"], layout["goal_radius"], facecolor="#F0E442", edgecolor=INK, linewidth=0.8, zorder=4
-        )
-    )
+    goals = layout.get("goals", [layout["goal"]])
+    for goal in goals:
+        colors = {"facecolor": "#F0E442", "edgecolor": INK}
+        ax.add_patch(Circle(goal, layout["goal_radius"], **colors, linewidth=0.8, zorder=4))
     for i, line in enumerate([] if panel.paths is None else panel.paths):
         ax.plot(*np.transpose(line), color=COLORS[i % 6], linewidth=1.3, alpha=0.85, zorder=5)
     if panel.shortest is not None:
@@ -123,7 +122,7 @@ def draw_panel(ax: Axes, layout: dict, panel: Panel, cells: int = 60) -> None:
         )
     if layout["start"] is not None:  # else episodes start anywhere
         ax.plot(*layout["start"], "o", markersize=6, color="white", markeredgecolor=INK, zorder=7)
-    ax.plot(*layout["goal"], "*", markersize=8, color=INK, markeredgewidth=0, zorder=7)
+    ax.plot(*np.transpose(goals), "*", markersize=8, color=INK, markeredgewidth=0, zorder=7)
     ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set(visible=True, color="#C8C8C8")

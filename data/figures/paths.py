@@ -1,7 +1,8 @@
 """Paths in a 2-D task: where data lie, how paths pass a wall, and the shortest path that the data can form.
 
 `layout` is the dictionary of a task's `layout` property. It holds bounds (x0, x1, y0, y1), walls as segments
-((x, y), (x, y)), start, goal and goal_radius, in the units of the observation. Rows with a NaN (padding) are
+((x, y), (x, y)), start, goal and goal_radius, in the units of the observation; a task with several goals also
+has goals. Rows with a NaN (padding) are
 ignored everywhere.
 """
 

@@ -77,7 +77,7 @@ def play(env: Env, actor: Actor | None, key: jax.Array, episodes: int = 1, steps
 
     Without an actor, actions are uniformly random.
     """
-    act = actor or (lambda obs, key: jax.random.uniform(key, (env.action_size,), minval=-1.0, maxval=1.0))
+    act = actor or (lambda obs, key: envs.random_actions(env, key))
 
     def place(state):
         inner = state.pipeline_state
@@ -484,6 +484,8 @@ def load_actor(path: str, env: Env, name: str, sample: bool) -> Actor | None:
     if (takes, gives) != (env.observation_size, env.action_size):
         has = f"{name} has {env.observation_size} observations and {env.action_size} actions"
         raise ValueError(f"{has}, but {path} takes {takes} and gives {gives}")
+    if policy.is_discrete(loaded) != envs.is_discrete(env):
+        raise ValueError(f"of {name} and {path}, one has discrete actions and the other has not")
     # This raises ValueError for a policy that cannot be sampled.
     policy.act(loaded, np.zeros(takes), np.random.default_rng(0) if sample else None)
     noise = lambda key: jax.random.normal(key, (gives,)) if sample else None  # noqa: E731

@@ -109,11 +109,7 @@ def play(env: envs.Env, transitions: int, seed: int, policies: list, actor: dict
 
     def act(memory, state, key):
         if actor is None:
-            return (
-                jax.random.uniform(key, (env.action_size,), minval=-1.0, maxval=1.0),
-                memory,
-                jnp.bool_(False),
-            )
+            return envs.random_actions(env, key), memory, jnp.bool_(False)
         samples = {"wS", "log_std", "jax_sample"} & set(actor)
         noise = jax.random.normal(key, (env.action_size,)) if samples else None
         return policy.forward(actor, state.obs, noise, jnp), memory, jnp.bool_(False)

@@ -15,10 +15,10 @@ from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.folder import METADATA, MINARI_FILE, datasets_root
 from ooo_rl.data.datasets.validate import LIMIT, Dataset
 from ooo_rl.data.errors import DatasetError, UsageError
-from ooo_rl.data.recipes import adroit, antmaze, kitchen, locomotion, maze2d, point_mass
+from ooo_rl.data.recipes import adroit, antmaze, kitchen, locomotion, maze2d, point_mass, toy_maze
 from ooo_rl.data.recipes.recipe import Recipe
 
-FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit, kitchen)
+FAMILIES = (point_mass, locomotion, maze2d, antmaze, adroit, kitchen, toy_maze)
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}
 
 
@@ -146,6 +146,8 @@ def make(
                 f"--policy {path}: takes {takes} observations and gives {gives} actions; "
                 f"{name} needs {expected[0]} and {expected[1]}"
             )
+        if policy.is_discrete(actor) != envs.is_discrete(env):
+            raise UsageError(f"--policy {path}: of it and {name}, only one has discrete actions")
     sources = [recipe.read(demonstrations, env)] if demonstrations else loaded
     episodes = recipe.episodes(env, transitions or recipe.transitions, seed, sources)
     behaviour = [
@@ -164,4 +166,6 @@ def make(
             if demonstrations
             else f"{adroit.STAND_INS} successful episodes of the policy stand in for human ones"
         )
-    write.write_minari(dataset_id or name, episodes, description=recipe.description, recipe=record)
+    about = {"description": recipe.description, "recipe": record}
+    choices = env.action_size if envs.is_discrete(env) else 0
+    write.write_minari(dataset_id or name, episodes, **about, choices=choices)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ooo_rl.data.datasets.choices import kind
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import processes
 from ooo_rl.data.runs.program import RUNS, Compiled, place, real
@@ -26,10 +27,15 @@ def check_eval_env(args: Any, obs_size: int, action_size: int) -> None:
     from ooo_rl.envs import gymnasium_eval  # here: gymnasium_robotics, which it imports, prints advice
 
     try:
-        sizes = gymnasium_eval.check(args.eval_env)[:2]
+        *sizes, _, discrete = gymnasium_eval.check(args.eval_env)
     except ValueError as error:
         raise UsageError(f"--eval-env {args.eval_env}: {error}") from None
-    if sizes != (obs_size, action_size):
+    if discrete != (args.actions == "discrete"):
+        raise UsageError(
+            f"--eval-env {args.eval_env} has {kind(discrete)} actions, and this method needs "
+            f"{args.actions} ones"
+        )
+    if tuple(sizes) != (obs_size, action_size):
         raise UsageError(
             f"--eval-env {args.eval_env} has {sizes[0]} observations and {sizes[1]} actions, "
             f"the policy {obs_size} and {action_size}"

@@ -45,9 +45,9 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
         if r not in session.failed and not written:
             rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
             about = f"{session.method} exploring {session.task}"
-            write.export_experience(
-                dataset, rows, args.num_envs, description=about, recipe=str(session.folder.path)
-            )
+            how = {"description": about, "recipe": str(session.folder.path)}
+            choices = session.action_size if args.actions == "discrete" else 0
+            write.export_experience(dataset, rows, args.num_envs, **how, choices=choices)
 
 
 def draw(session: Any, ring: Transition | None, collected: int, stages: tuple[str, ...]) -> dict:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ooo_rl import envs
 from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition
+from ooo_rl.data.datasets import choices
 from ooo_rl.data.datasets.card import print_card
 from ooo_rl.data.datasets.scores import normalized_score
 from ooo_rl.data.datasets.validate import Dataset, check_fits
@@ -117,11 +118,12 @@ class Session:
             self.env = env = None if self.args.env == "none" else envs.make(self.args.env, self.args.physics)
             if env and self.args.end_reward != ends.AS_GIVEN:
                 self.env = env = ends.EndsByReward(env, self.args.end_reward)
-            self.obs_size = env.observation_size if env else rows.obs.shape[1]
-            self.action_size = env.action_size if env else rows.action.shape[1]
+            self.obs_size = env.observation_size if env else self.card["obs_size"]
+            self.action_size = env.action_size if env else self.card["action_size"]
             check_eval_env(self.args, self.obs_size, self.action_size)
         self._agree()
-        obs, action, scalar = jnp.zeros(self.obs_size), jnp.zeros(self.action_size), jnp.float32(0)
+        obs, scalar = jnp.zeros(self.obs_size), jnp.float32(0)
+        action = jnp.int32(0) if self.args.actions == "discrete" else jnp.zeros(self.action_size)
         self.example = Transition(obs, action, scalar, obs, scalar)
         self.num_runs = len(self.labels)
         self.mesh = self._layout()
@@ -192,7 +194,7 @@ class Session:
 
         With 0, or without a dataset, it stays as it is.
         """
-        if not return_range or self.data is None:
+        if not return_range or not _has_scale(self, f"--return-range {return_range:g}"):
             return self.hyper
         worst, best = self.card["return_quantiles"][0], self.card["return_quantiles"][-1]
         if best <= worst:
@@ -201,6 +203,21 @@ class Session:
                 f"{best:g}; use 0"
             )
         self.hyper = self.hyper.replace(reward_scale=self.hyper.reward_scale * return_range / (best - worst))
+        return self.hyper
+
+    def scaled_to_max(self, max_reward: float) -> Any:
+        """`hyper` with a reward_scale that makes the dataset's largest reward `max_reward`.
+
+        With 0, or without a dataset, it stays as it is.
+        """
+        if not max_reward or not _has_scale(self, f"--max-reward {max_reward:g}"):
+            return self.hyper
+        largest = self.card["reward_range"][1]
+        if largest <= 0:
+            raise UsageError(
+                f"--max-reward {max_reward:g}: the largest reward of {self.card['id']} is {largest:g}; use 0"
+            )
+        self.hyper = self.hyper.replace(reward_scale=self.hyper.reward_scale * max_reward / largest)
         return self.hyper
 
     def compile(self, static: Any, *functions: Callable) -> list[Compiled]:
@@ -541,6 +558,16 @@ class Session:
         self.console.print(report.table(self))
 
 
+def _has_scale(session: Session, asked: str) -> bool:
+    """Whether there are data, by which rewards can be scaled as `asked`.
+
+    An agent that another run has trained has learnt scaled rewards, so it cannot go on without them.
+    """
+    if session.data is None and session.args.init_from:
+        raise UsageError(f"{asked} with --init-from: name the --dataset of that run, or use 0")
+    return session.data is not None
+
+
 def check_same(path: pathlib.Path, card: dict) -> None:
     """Raises UsageError if a resumed run's dataset has changed; warns if versions of packages have."""
     try:
@@ -570,7 +597,13 @@ def load_dataset(args: Any) -> Dataset | None:
     data = library.load(args.dataset, clip_out_of_range=args.clip_actions, action_box=box)
     if args.env != "none":
         env = envs.make(args.env, args.physics)
-        check_fits(data, env.observation_size, env.action_size, args.env)
+        check_fits(data, env.observation_size, env.action_size, args.env, envs.is_discrete(env))
+    elif data.discrete != (args.actions == "discrete"):
+        advice = ", or --action-low and --action-high if they are continuous" if data.discrete else ""
+        raise UsageError(
+            f"--dataset {args.dataset} has {choices.kind(data.discrete)} actions, and this method needs "
+            f"{args.actions} ones: take another method{advice}"
+        )
     print_card(data.card)
     return data if args.end_reward == ends.AS_GIVEN else ends.by_reward(data, args.end_reward)
 

@@ -15,13 +15,14 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 from flax import struct
 
 from ooo_rl import envs
 from ooo_rl.data.datasets import public
+from ooo_rl.data.datasets.choices import kind
 from ooo_rl.data.datasets.files import is_file
 from ooo_rl.data.datasets.write import check_free
 from ooo_rl.data.errors import UsageError, guarded
@@ -34,7 +35,7 @@ from ooo_rl.data.runs.sweep import RunLabel, grid
 __all__ = ["Experiment", "Traced", "UsageError", "launch"]  # what scripts use
 
 FORMAT = 2  # of a run's folder and its checkpoints: what another one wrote is refused
-DEFAULT_ENV = "point-mass-wall"
+DEFAULT_ENVS = {"continuous": "point-mass-wall", "discrete": "toy-maze"}  # by the method's kind of actions
 
 
 class InForce(type):
@@ -82,10 +83,12 @@ class Traced:
 class Experiment(metaclass=InForce):
     """The settings that every script has: what is run, on what, and what is kept of it."""
 
+    actions: ClassVar[Literal["continuous", "discrete"]] = "continuous"
+    """the kind of actions that the method is for; no setting, each script has its own"""
     # experiment
     env: str = "auto"
-    """environment to act in, by name or as my_module:MyTask; auto: the point mass, or none if a dataset is
-    named and there are no online steps"""
+    """environment to act in, by name or as my_module:MyTask; auto: the point mass (discrete actions: the toy
+    maze), or none if a dataset is named and there are no online steps"""
     num_seeds: Size = 5
     """seeds, trained side by side"""
     seed: Seed = 0
@@ -199,7 +202,7 @@ def _family(args_type: type, env: str, dataset: str, online_steps: int | str) ->
     The table's keys are prefixes of ids, or tuples of prefixes. A longer prefix wins over a shorter one. The
     path of a file says nothing, unless the file has the name that D4RL gives to its own.
     """
-    env = _env(env, dataset, online_steps)
+    env = _env(args_type, env, dataset, online_steps)
     name = dataset if env == "none" else env
     table = getattr(sys.modules[args_type.__module__], "FAMILIES", {})
     if is_file(name):
@@ -217,12 +220,12 @@ def _family(args_type: type, env: str, dataset: str, online_steps: int | str) ->
     return found
 
 
-def _env(env: str, dataset: str, online_steps: int | str) -> str:
+def _env(args_type: type, env: str, dataset: str, online_steps: int | str) -> str:
     """The environment that `--env auto` means."""
     if env not in ("", "auto"):
         return env
     offline_only = str(online_steps) == "0" and dataset not in ("", "auto", "none")
-    return "none" if offline_only else DEFAULT_ENV
+    return "none" if offline_only else DEFAULT_ENVS[args_type.actions]
 
 
 def _hyper_type(args_type: type) -> type:
@@ -234,7 +237,7 @@ def resolved(args: Any) -> Any:
     check_jax()
     if args.resume:
         return args
-    env = _env(args.env, args.dataset, args.online_steps)
+    env = _env(type(args), args.env, args.dataset, args.online_steps)
     dataset = args.dataset
     if dataset == "own" or (dataset == "auto" and args.offline_steps):
         dataset = library.only_one_for(env)
@@ -325,9 +328,14 @@ def check(args: Any) -> None:
         )
     if args.env != "none":
         try:
-            envs.make(args.env, args.physics)
+            discrete = envs.is_discrete(envs.make(args.env, args.physics))
         except ValueError as error:
             raise UsageError(f"--env {args.env}: {error}") from None
+        if discrete != (args.actions == "discrete"):
+            raise UsageError(
+                f"--env {args.env} has {kind(discrete)} actions, and this method needs {args.actions} ones: "
+                "take another environment or another method"
+            )
     if args.offline_steps and args.dataset == "none":
         raise UsageError(
             f"--offline-steps {args.offline_steps} needs --dataset; {args.env} has none of its own"

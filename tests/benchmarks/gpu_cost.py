@@ -62,7 +62,7 @@ class Args:
     worlds: tuple[int, ...] = (64,)
     """worlds side by side in a body's step"""
     env: str = "point-mass-wall"
-    """environment of the methods"""
+    """environment of the methods; of those with discrete actions it is the toy maze"""
     hidden: tuple[int, ...] | None = None
     """units of the hidden layers of all networks; by default each script's own"""
     num_envs: int | None = None

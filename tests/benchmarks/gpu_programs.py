@@ -36,6 +36,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import evaluation, session
 from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, at_once
+from ooo_rl.data.runs.settings import DEFAULT_ENVS
 from ooo_rl.envs.physics_task import PhysicsTask
 
 CARDS = pathlib.Path(__file__).parent / "gpus"
@@ -146,7 +147,8 @@ class Program:
 def of_method(name: str, card: Card, num_seeds: int, **settings) -> list[Program]:
     """The programs of algos/`name`.py, in the order of its functions, with these settings and its defaults.
 
-    Settings that the method does not have are left out. Its table of settings by environment is, too.
+    Settings that the method does not have are left out. Its table of settings by environment is, too. A
+    method of discrete actions runs in the toy maze.
     """
     script, made = importlib.import_module(f"ooo_rl.algos.{name}"), []
     known = {field.name for kind in (script.Args, script.Hyper) for field in fields(kind)}
@@ -170,6 +172,8 @@ def of_method(name: str, card: Card, num_seeds: int, **settings) -> list[Program
         for module, parts in patches.items():
             stack.enter_context(mock.patch.multiple(module, **parts))
         given = {key: value for key, value in settings.items() if key in known}
+        if (kind := script.Args.actions) != "continuous":
+            given["env"] = DEFAULT_ENVS[kind]
         script.train(script.Args.exactly({"num_seeds": num_seeds, **given}))
     found = []
     for program in made:
@@ -185,7 +189,8 @@ def of_method(name: str, card: Card, num_seeds: int, **settings) -> list[Program
 def zero_rows(args) -> SimpleNamespace:
     """What a script needs of a dataset that fits the environment."""
     env, zeros = envs.make(args.env, args.physics), partial(np.zeros, dtype=np.float32)
-    obs, action, scalar = zeros((ROWS, env.observation_size)), zeros((ROWS, env.action_size)), zeros(ROWS)
+    obs, scalar = zeros((ROWS, env.observation_size)), zeros(ROWS)
+    action = np.zeros(ROWS, np.int32) if envs.is_discrete(env) else zeros((ROWS, env.action_size))
     card = {"id": "rows of zeros", "return_quantiles": [0.0, 1.0], "reward_range": [0.0, 1.0]}
     return SimpleNamespace(
         transitions=Transition(obs, action, scalar, obs, scalar), truncation=np.zeros(ROWS, bool), card=card

@@ -45,6 +45,7 @@ from throughput import machine
 
 from ooo_rl.data.runs import session
 from ooo_rl.data.runs.program import Compiled
+from ooo_rl.data.runs.settings import DEFAULT_ENVS
 
 ON_CPU = jax.default_backend() == "cpu"
 ALGOS = pathlib.Path(__file__).parents[2] / "algos"
@@ -64,7 +65,7 @@ class Args:
     hidden: tuple[int, ...] = (64,) if ON_CPU else (256,)
     """units of both hidden layers"""
     env: str = "point-mass-wall"
-    """environment to act in, and whose own dataset to learn from"""
+    """environment to act in, and whose own dataset to learn from; discrete actions: the toy maze"""
     num_envs: int = 8
     """environments per seed, with one update after each step of all of them"""
     rows: int = 16_000
@@ -218,8 +219,9 @@ def rehearse(script: ModuleType, args: Args, hidden: int, num_seeds: int, **chan
     length = max(args.updates // num_seeds, 16)
     length = -(-length // settings["policy_every"]) * settings["policy_every"]  # blocks of updates are whole
     steps = -(-length // per_step)
+    env = args.env if script.Args.actions == "continuous" else DEFAULT_ENVS[script.Args.actions]
     settings = {
-        "env": args.env, "num_seeds": num_seeds, "hidden": (hidden, hidden), "critic_hidden": (hidden, hidden),
+        "env": env, "num_seeds": num_seeds, "hidden": (hidden, hidden), "critic_hidden": (hidden, hidden),
         "buffer_size": args.rows,
         "offline_steps": length, "online_steps": steps * settings["num_envs"], "retrain_steps": length,
         "random_steps": 0,
