@@ -243,6 +243,7 @@ def init_state(static: Static, key: jax.Array) -> State:
     return decouple(static, State(agent, None, None, None, trial, env_state, ring, key))
 
 
+# as in gde_iql.py
 def lengths(args: Args) -> tuple[int, int]:
     """Steps of all environments at once: of a cycle, and of the trial with which it begins."""
     return math.ceil(args.trial_every / args.num_envs), math.ceil(args.trial_steps / args.num_envs)
@@ -328,6 +329,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, added, *, length:
     return state, metrics
 
 
+# as in gde_iql.py
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then fine-tuning, which begins without learning."""
     cycle, trial = lengths(args)

@@ -4,7 +4,8 @@ IQL never asks for the value of an action that is not in the data. A state value
 expectile of Q over the data's actions. Q is fitted to r + discount * V(s'). The policy imitates the data's
 actions, weighted by exp(temperature * advantage). Fine-tuning goes on with the same three losses while the
 policy acts. Offline and online rows share one buffer, sampled uniformly, with one gradient step per
-environment step (`--utd-ratio`).
+environment step (`--utd-ratio`). `--keep` chooses the offline rows that stay there: all of them, none (OnIQL
+in GDE's paper) or those of the best episodes (Filter).
 
 Departures from the official code (ikostrikov/implicit_q_learning 09d7002). Evaluation has episodes of its
 own; there it destroys the episode in training. Reward scaling applies to online rows as well; there, in
@@ -23,6 +24,7 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -31,8 +33,9 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.program import EVERYWHERE, place
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
 
 @struct.dataclass
@@ -51,6 +54,8 @@ class Hyper(Traced):
     """expectile of the value regression: 0.5 is the mean, towards 1 the maximum over the data's actions"""
     temperature: NonNegative = 3.0
     """beta: how sharply the policy prefers advantageous actions; 0 is behaviour cloning"""
+    exploration_spread: NonNegative = 1.0
+    """the policy's standard deviation is multiplied by this where it acts online"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Args(Experiment):
     """gradient steps on the dataset"""
     online_steps: Steps = 1_000_000
     """environment steps of fine-tuning"""
+    keep: Literal["all", "none", "best"] = "all"
+    """offline rows that fine-tuning goes on with: all, none, or a fifth: the episodes of highest return"""
     return_range: NonNegative = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
@@ -189,11 +196,13 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     return Agent(actor, critic, target_critic, value), {**losses, "q": q.mean(), "adv": (q - v).mean()}
 
 
-# as in ooo_iql.py
-def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Actions [..., A] for observations [..., obs]: the mean without a key; with one, a sample, clipped."""
+def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None, spread=1.0) -> jax.Array:
+    """Actions [..., A] for observations [..., obs]: the mean without a key; with one, a sample, clipped.
+
+    `spread` multiplies its standard deviation.
+    """
     mean, log_std = nets.actor.apply(actor, obs)
-    noise = 0.0 if key is None else jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    noise = 0.0 if key is None else spread * jnp.exp(log_std) * jax.random.normal(key, mean.shape)
     return jnp.clip(mean + noise, -1.0, 1.0)
 
 
@@ -245,7 +254,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
         state, added = carry
         key, act_key, reset_key, sample_key, update_key = jax.random.split(state.key, 5)
         obs = state.env_state.obs
-        action = act(static.nets, state.agent.actor.params, obs, act_key)
+        action = act(static.nets, state.agent.actor.params, obs, act_key, hyper.exploration_spread)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
@@ -265,6 +274,27 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
     return state, metrics
 
 
+def kept(session: Session) -> Transition | None:
+    """The offline rows that fine-tuning goes on with.
+
+    The best are those of whole episodes, from the highest return down, until they are a fifth of all rows.
+    """
+    keep, data = session.args.keep, session.data
+    if data is None or keep == "all":
+        return session.offline
+    if keep == "none":
+        return None
+    if data.card.get("ordered") is False:
+        raise UsageError(
+            f"--keep best: the rows of {data.card['id']} are in no order, so there are no episodes"
+        )
+    best_first = np.argsort(-np.bincount(data.episode, data.transitions.reward), kind="stable")
+    num_rows = np.cumsum(np.bincount(data.episode)[best_first])
+    chosen = best_first[: np.searchsorted(num_rows, 0.2 * len(data.episode)) + 1]
+    rows = jax.tree.map(lambda x: x[np.isin(data.episode, chosen)], data.transitions)
+    return place(rows, session.mesh, EVERYWHERE)
+
+
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then fine-tuning."""
     return [Phase("offline", 0, args.offline_steps), Phase("online", 0, args.online_steps, acts=True)]
@@ -282,7 +312,7 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("iql", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.scaled_to(session.args.return_range)
-    nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
+    nets, functions, rows = make_nets(session), (init_state, pretrain_chunk, finetune_chunk), kept(session)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
 
@@ -290,7 +320,7 @@ def train(args: Args) -> Result:
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         else:
-            state, metrics = finetune(state, hyper, offline, chunk.collected, length=chunk.iterations)
+            state, metrics = finetune(state, hyper, rows, chunk.collected, length=chunk.iterations)
         session.after(chunk, metrics, state)
 
     return session.conclude(state, export, {"policy": state.agent})

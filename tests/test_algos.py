@@ -339,10 +339,12 @@ def test_each_phase_is_one_program_for_all_seeds_settings_and_chunks(script, tog
 
 
 def actors_of(state):
-    """Parameters of all policies in a checkpoint: those of agents, and those that stand alone."""
+    """Parameters of all policies in a checkpoint: those of agents, and those that stand alone or learn alone."""
     parts = {name: part for name, part in state.items() if isinstance(part, dict)}
     agents = {name: part["actor"]["params"] for name, part in parts.items() if "actor" in part}
-    return agents | {name: part for name, part in parts.items() if part.keys() == {"params"}}
+    learners = {name: part["params"] for name, part in parts.items() if part.keys() == {"params", "opt"}}
+    alone = {name: part for name, part in parts.items() if part.keys() - {"statistics"} == {"params"}}
+    return agents | learners | alone
 
 
 def test_saved_policies_are_those_of_the_last_checkpoint(script, together):

@@ -1,0 +1,76 @@
+"""Which offline rows IQL's fine-tuning goes on with, and how widely it explores. (Losses: test_losses.py.)"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sac import random_rows
+
+from ooo_rl import envs
+from ooo_rl.algos import iql
+from ooo_rl.data.buffer import Transition
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs.program import mesh_for
+from ooo_rl.data.runs.session import Static
+
+LENGTHS = [4, 6, 2, 5, 3]  # of five episodes; 20 rows
+
+
+def session_of(keep, returns=(1, 9, 8, 2, 3), ordered=True):
+    """A session whose data are five episodes with these returns; the first number of a row's obs is its place."""
+    episode = np.repeat(np.arange(5), LENGTHS)
+    rows = random_rows(np.random.default_rng(0), 20)
+    rows = rows.replace(reward=np.float32(np.repeat(np.divide(returns, LENGTHS), LENGTHS)))
+    rows.obs[:, 0] = np.arange(20)
+    data = SimpleNamespace(transitions=rows, episode=episode, card={"id": "mine", "ordered": ordered})
+    offline, args = jax.tree.map(jnp.asarray, rows), SimpleNamespace(keep=keep)
+    return SimpleNamespace(args=args, data=data, offline=offline, mesh=mesh_for(1))
+
+
+@pytest.mark.parametrize(
+    ("returns", "rows"),
+    [
+        ((1, 2, 3, 9, 4), range(12, 17)),  # the best episode alone is more than a fifth
+        ((9, 1, 2, 3, 4), range(4)),  # just a fifth, 4 of 20
+        ((1, 7, 9, 2, 3), [*range(4, 10), 10, 11]),  # two rows are not enough: the next one, whole
+    ],
+)
+def test_the_best_fifth_is_of_whole_episodes(returns, rows):
+    found = iql.kept(session_of("best", returns))
+    np.testing.assert_array_equal(found.obs[:, 0], rows)
+    np.testing.assert_array_equal(found.action, session_of("best").offline.action[np.array(rows)])
+
+
+def test_all_or_no_offline_rows():
+    session = session_of("all")
+    assert iql.kept(session) is session.offline
+    assert iql.kept(session_of("none")) is None
+    for keep in ("all", "none", "best"):
+        nothing = SimpleNamespace(args=SimpleNamespace(keep=keep), data=None, offline=None)
+        assert iql.kept(nothing) is None
+
+
+def test_rows_in_no_order_have_no_best_episodes():
+    with pytest.raises(UsageError, match="--keep best: the rows of mine are in no order"):
+        iql.kept(session_of("best", ordered=False))
+
+
+def test_exploration_has_the_spread_that_is_asked():
+    """Standard deviations e^-1 times the spread around a mean of 0, in the rows of a chunk without offline ones."""
+    env, n = envs.make("point-mass-wall"), 500
+    settings = {"hidden": (2,), "num_envs": n, "online_steps": 4 * n, "utd_ratio": 1 / n, "batch_size": 4}
+    args, two, scalar = iql.Args.exactly(settings), jnp.zeros(2), jnp.float32(0)
+    nets = iql.make_nets(SimpleNamespace(args=args, action_size=2))
+    static = Static(args, env, Transition(two, two, scalar, two, scalar), nets)
+    state = jax.jit(partial(iql.init_state, static))(jax.random.PRNGKey(0))
+    params = jax.tree.map(jnp.zeros_like, state.agent.actor.params)
+    params["params"]["log_std"] -= 1.0
+    state = state.replace(agent=state.agent.replace(actor=state.agent.actor.replace(params=params)))
+    chunk = jax.jit(partial(iql.finetune_chunk, static, length=4))
+    for spread in (0.0, 0.5, 1.0):
+        hyper = iql.Hyper(exploration_spread=spread, actor_lr=0.0)
+        ring = chunk(state, hyper, None, jnp.int32(0))[0].ring
+        np.testing.assert_allclose(ring.action.std(axis=0), spread * np.exp(-1), atol=0.02)
