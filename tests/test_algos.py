@@ -294,7 +294,8 @@ def test_it_solves_the_probes(script, together):
     assert together.ended.keys() == set(phases_of(script))
     for phase, (agents, actors) in together.ended.items():
         unseen, discounts = UNSEEN if phase == "offline" else (), np.repeat(DISCOUNTS, 2)
-        check(together.nets, agents, actors, together.act, discounts, phase, unseen)
+        own = getattr(script, "ensemble_q", None)
+        check(together.nets, agents, actors, together.act, discounts, phase, unseen, own)
 
 
 def test_train_returns_folder_results_and_agents(script, together):
@@ -347,7 +348,10 @@ def actors_of(state):
 
 def test_saved_policies_are_those_of_the_last_checkpoint(script, together):
     obs = np.random.default_rng(0).uniform(0, 1, (20, 6)).astype(np.float32)
-    actors, folder = actors_of(checkpoint_of(together.result.folder)), together.result.folder / "policies"
+    actors, folder = (
+        actors_of(script, checkpoint_of(together.result.folder)),
+        together.result.folder / "policies",
+    )
     nets = (
         together.nets
         if hasattr(together.nets, "actor")
