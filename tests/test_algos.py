@@ -339,8 +339,13 @@ def test_each_phase_is_one_program_for_all_seeds_settings_and_chunks(script, tog
     assert all(program.traces <= 1 for program in together.programs if program not in chunks)
 
 
-def actors_of(state):
+def actors_of(script, state):
     """Parameters of all policies in a checkpoint: those of agents, and those that stand alone."""
+    if hasattr(script, "acting"):  # a policy that is made of several parts of the agent
+        learners = {k: SimpleNamespace(**v) if "opt" in v else v for k, v in state["agent"].items()}
+        hyper = script.Args(**settings_of(script, STEPS)).hyper
+        hyper = jax.tree.map(lambda x: np.full(len(LABELS), x, np.float32), hyper)
+        return {"policy": script.acting(SimpleNamespace(**learners), hyper)}
     parts = {name: part for name, part in state.items() if isinstance(part, dict)}
     agents = {name: part["actor"]["params"] for name, part in parts.items() if "actor" in part}
     return agents | {name: part for name, part in parts.items() if part.keys() == {"params"}}
