@@ -21,12 +21,13 @@ LEVELS = jnp.array(AllProbesDiscrete.LEVELS)
 PROBES = list(dict.fromkeys(name for name, *_ in KNOWN))  # in the order of the one-hot part of observations
 
 
-def check(nets, agents, actors, act, discounts, where, without=()):
+def check(nets, agents, actors, act, discounts, where, without=(), ensemble_q=None):
     """Values of the best actions and mean actions in `probe-all`, or `-discrete`, against those known.
 
     `agents` are those of all runs, `act(actor, obs)` plays one of their policies, `discounts` has one number
     per run. `where` begins the message; the probes in `without` are not asked. An agent without values
-    imitates: its mean action is that of the random rows, 0. What is wrong in a method is wrong in all runs. So
+    imitates: its mean action is that of the random rows, 0. `ensemble_q(nets, critic, obs, action)` are the
+    values of an agent with several critics of a kind. What is wrong in a method is wrong in all runs. So
     the mean error of a value is held tightly, and that of one run loosely: a run may see a probe late.
     """
     known = [row for row in KNOWN if row[0] not in without]
@@ -39,6 +40,8 @@ def check(nets, agents, actors, act, discounts, where, without=()):
             return LEVELS[action][:, None], nets.actor.apply(actor, obs).max(axis=-1)
         if hasattr(agent, "value"):
             return action, nets.value.apply(agent.value.params, obs)
+        if ensemble_q:
+            return action, ensemble_q(nets, agent.critic.params, obs, action)
         if hasattr(agent, "critic"):
             return action, nets.critic.apply(agent.critic.params, obs, action).min(axis=0)
         return action, None

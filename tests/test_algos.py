@@ -294,7 +294,8 @@ def test_it_solves_the_probes(script, together):
     assert together.ended.keys() == set(phases_of(script))
     for phase, (agents, actors) in together.ended.items():
         unseen, discounts = UNSEEN if phase == "offline" else (), np.repeat(DISCOUNTS, 2)
-        check(together.nets, agents, actors, together.act, discounts, phase, unseen)
+        own = getattr(script, "ensemble_q", None)
+        check(together.nets, agents, actors, together.act, discounts, phase, unseen, own)
 
 
 def test_train_returns_folder_results_and_agents(script, together):
@@ -338,8 +339,13 @@ def test_each_phase_is_one_program_for_all_seeds_settings_and_chunks(script, tog
     assert all(program.traces <= 1 for program in together.programs if program not in chunks)
 
 
-def actors_of(state):
+def actors_of(script, state):
     """Parameters of all policies in a checkpoint: those of agents, and those that stand alone or learn alone."""
+    if hasattr(script, "acting"):  # a policy that is made of several parts of the agent
+        learners = {k: SimpleNamespace(**v) if "opt" in v else v for k, v in state["agent"].items()}
+        hyper = script.Args(**settings_of(script, STEPS)).hyper
+        hyper = jax.tree.map(lambda x: np.full(len(LABELS), x, np.float32), hyper)
+        return {"policy": script.acting(SimpleNamespace(**learners), hyper)}
     parts = {name: part for name, part in state.items() if isinstance(part, dict)}
     agents = {name: part["actor"]["params"] for name, part in parts.items() if "actor" in part}
     learners = {name: part["params"] for name, part in parts.items() if part.keys() == {"params", "opt"}}
@@ -349,7 +355,10 @@ def actors_of(state):
 
 def test_saved_policies_are_those_of_the_last_checkpoint(script, together):
     obs = np.random.default_rng(0).uniform(0, 1, (20, 6)).astype(np.float32)
-    actors, folder = actors_of(checkpoint_of(together.result.folder)), together.result.folder / "policies"
+    actors, folder = (
+        actors_of(script, checkpoint_of(together.result.folder)),
+        together.result.folder / "policies",
+    )
     nets = (
         together.nets
         if hasattr(together.nets, "actor")

@@ -41,7 +41,7 @@ from ooo_rl.envs.physics_task import PhysicsTask
 
 CARDS = pathlib.Path(__file__).parent / "gpus"
 ROWS = 100_000  # of the dataset that a run is told it has
-USUAL = {"learns": True, "record": False}  # static settings that a program is not named after
+USUAL = {"learns": True, "record": False, "fqe": False}  # static settings that a program is not named after
 STEPS = 100  # environment steps in one program
 
 INSTALL = (  # without what the programs need to run, such as cuBLAS; ptxas comes with nvcc
