@@ -103,6 +103,9 @@ class Experiment(metaclass=InForce):
     """steps of the phase between evaluations; 0: a quarter of each phase"""
     eval_episodes: Size = 20
     """episodes of each evaluation, with the mean action"""
+    q_bias: bool = False
+    """evaluate Q, too: eval/predicted_q, of the first actions of the episodes, and eval/q_bias, how far it is
+    above the discounted return that followed"""
     eval_env: str = ""
     """evaluate in this Gymnasium environment (by id) instead of in --env"""
     checkpoint_every: Steps = 0
