@@ -33,6 +33,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
@@ -366,12 +367,15 @@ def init_state(static: Static, key: jax.Array) -> State:
 def sample_batches(offline: Transition | None, ring, added, ratio: float, shape: tuple, key) -> Transition:
     """Rows [*shape, ...] in batches of shape[-1], a share `ratio` of them offline; below 0: all alike."""
     num_old, num_new = buffer.size(offline), jnp.minimum(added, buffer.size(ring))
-    old_key, new_key = jax.random.split(key)
-    if offline is None or ring is None or ratio < 0:
+    (old_key, new_key), changes = jax.random.split(key), isinstance(ratio, jax.Array)
+    if offline is None or ring is None or (not changes and ratio < 0):
         return buffer.take(offline, ring, jax.random.randint(old_key, shape, 0, num_old + num_new))
     *outer, rows = shape
-    old = jax.random.randint(old_key, (*outer, round(ratio * rows)), 0, num_old)
-    new = jax.random.randint(new_key, (*outer, rows - old.shape[-1]), 0, num_new) + num_old
+    sizes = (rows, rows) if changes else (round(ratio * rows), rows - round(ratio * rows))
+    old = jax.random.randint(old_key, (*outer, sizes[0]), 0, num_old)
+    new = jax.random.randint(new_key, (*outer, sizes[1]), 0, num_new) + num_old
+    if changes:  # so that no shape can follow from it
+        return buffer.take(offline, ring, jnp.where(jnp.arange(rows) < jnp.round(ratio * rows), old, new))
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
@@ -405,15 +409,16 @@ def finetune_chunk(
     args, nets, offline = static.args, static.nets, with_last_actions(offline, truncation)
     num_updates = round(args.num_envs * args.utd_ratio)
 
-    def learn(agent, sample):
+    def learn(now, agent, sample):
         batch, key = sample
         update_key, mixing_key = jax.random.split(key)
-        agent, metrics = update(nets, hyper, agent, batch, update_key)
-        agent, more = learn_mixing(nets, hyper, agent, batch, mixing_key)
+        agent, metrics = update(nets, now, agent, batch, update_key)
+        agent, more = learn_mixing(nets, now, agent, batch, mixing_key)
         return agent, metrics | more
 
     def step(carry):
         state, added = carry
+        now = online_hyper(args, hyper, added)
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
         obs, last_action = state.env_state.obs, state.last_action
         action, share = behave(nets, state.agent, obs, last_action, act_key)
@@ -430,8 +435,8 @@ def finetune_chunk(
             return (state, added), acted
         sample_key, update_key = jax.random.split(learn_key)
         shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        agent, metrics = jax.lax.scan(learn, state.agent, (batches, keys))
+        batches = sample_batches(offline, ring, added, online_ratio(args, added), shape, sample_key)
+        agent, metrics = jax.lax.scan(partial(learn, now), state.agent, (batches, keys))
         return (state.replace(agent=agent), added), jax.tree.map(jnp.mean, metrics) | acted
 
     (state, _), metrics = scan_mean(step, (state, added), length)

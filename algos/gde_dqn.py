@@ -39,6 +39,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Fraction, Layers, NonNegative, Positive, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
@@ -306,8 +307,9 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, added, *, length:
 
     def step(carry):
         state, added = carry
-        rho = hyper.rho * (1 - added / args.online_steps)
-        state, metrics = play(static, hyper, state, added)
+        now = online_hyper(args, hyper, added)
+        rho = now.rho * (1 - added / args.online_steps)
+        state, metrics = play(static, now, state, added)
         added = added + args.num_envs
         if not learns:
             return (state, added), metrics
@@ -316,8 +318,8 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, added, *, length:
         index = jax.random.randint(sample_key, (num_updates, args.batch_size), 0, filled)
 
         def learn(both, batch):
-            agent, metrics = update(static, hyper, both[0], batch)
-            explorer, more = update_explorer(static, hyper, both[1], state.teacher, rho, batch)
+            agent, metrics = update(static, now, both[0], batch)
+            explorer, more = update_explorer(static, now, both[1], state.teacher, rho, batch)
             return (agent, explorer), metrics | more
 
         both = state.agent, state.explorer

@@ -40,6 +40,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.n_step import Linked
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
@@ -395,19 +396,18 @@ def finetune_chunk(static: Static, state: State, hyper, offline, truncation, add
 
     def step(carry):
         state, added = carry
+        now = online_hyper(args, hyper, added)
         left = jnp.maximum(0.0, 1 - added / (args.rho_steps or args.online_steps))
-        rho = hyper.rho * left if args.teacher != "none" else 0.0
+        rho = now.rho * left if args.teacher != "none" else 0.0
         state, metrics = play(static, state, added)
         added = added + args.num_envs
         if not learns:
             return (state, added), metrics
         key, sample_key, update_key = jax.random.split(state.key, 3)
         shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(static, hyper, offline, truncation, state.ring, added, shape, sample_key)
-
-        one_step = lambda both, xs: guided_update(static, hyper, *both, state.teacher, rho, *xs)  # noqa: E731
-        both = state.agent, state.explorer
-        (agent, explorer), learnt = jax.lax.scan(one_step, both, (batches, keys))
+        batches = sample_batches(static, now, offline, truncation, state.ring, added, shape, sample_key)
+        one_step = lambda both, xs: guided_update(static, now, *both, state.teacher, rho, *xs)  # noqa: E731
+        (agent, explorer), learnt = jax.lax.scan(one_step, (state.agent, state.explorer), (batches, keys))
         state = state.replace(agent=agent, explorer=explorer, key=key)
         return (state, added), jax.tree.map(jnp.mean, learnt) | metrics
 

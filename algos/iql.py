@@ -33,6 +33,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.program import EVERYWHERE, place
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -252,9 +253,10 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
 
     def step(carry):
         state, added = carry
+        now = online_hyper(args, hyper, added)
         key, act_key, reset_key, sample_key, update_key = jax.random.split(state.key, 5)
         obs = state.env_state.obs
-        action = act(static.nets, state.agent.actor.params, obs, act_key, hyper.exploration_spread)
+        action = act(static.nets, state.agent.actor.params, obs, act_key, now.exploration_spread)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
@@ -263,7 +265,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
         filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
         index = jax.random.randint(sample_key, (num_updates, args.batch_size), 0, filled)
         samples = buffer.take(offline, ring, index), jax.random.split(update_key, num_updates)
-        learn = lambda agent, sample: update(static.nets, hyper, agent, *sample)  # noqa: E731
+        learn = lambda agent, sample: update(static.nets, now, agent, *sample)  # noqa: E731
         agent, metrics = jax.lax.scan(learn, state.agent, samples)
         return (State(agent, env_state, ring, key), added), {
             **jax.tree.map(jnp.mean, metrics),

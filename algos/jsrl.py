@@ -34,6 +34,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
 from ooo_rl.envs.rollout import rollout
@@ -323,12 +324,15 @@ def assess(static: Static, state: State, hyper: Hyper) -> State:
 def sample_batches(offline: Transition | None, ring, added, ratio: float, shape: tuple, key) -> Transition:
     """Rows [*shape, ...] in batches of shape[-1], a share `ratio` of them offline; below 0: all alike."""
     num_old, num_new = buffer.size(offline), jnp.minimum(added, buffer.size(ring))
-    old_key, new_key = jax.random.split(key)
-    if offline is None or ring is None or ratio < 0:
+    (old_key, new_key), changes = jax.random.split(key), isinstance(ratio, jax.Array)
+    if offline is None or ring is None or (not changes and ratio < 0):
         return buffer.take(offline, ring, jax.random.randint(old_key, shape, 0, num_old + num_new))
     *outer, rows = shape
-    old = jax.random.randint(old_key, (*outer, round(ratio * rows)), 0, num_old)
-    new = jax.random.randint(new_key, (*outer, rows - old.shape[-1]), 0, num_new) + num_old
+    sizes = (rows, rows) if changes else (round(ratio * rows), rows - round(ratio * rows))
+    old = jax.random.randint(old_key, (*outer, sizes[0]), 0, num_old)
+    new = jax.random.randint(new_key, (*outer, sizes[1]), 0, num_new) + num_old
+    if changes:  # so that no shape can follow from it
+        return buffer.take(offline, ring, jnp.where(jnp.arange(rows) < jnp.round(ratio * rows), old, new))
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
@@ -356,6 +360,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
 
     def step(carry):
         state, added = carry
+        now = online_hyper(args, hyper, added)
         key, act_key, reset_key, steps_key, sample_key, update_key = jax.random.split(state.key, 6)
         obs, guided = state.env_state.obs, state.elapsed < state.guided
         action = combined(static.nets, state.guide, state.agent.actor.params, obs, guided, act_key)
@@ -369,8 +374,8 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
         )
 
         shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        samples = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key), keys
-        learn = lambda agent, sample: update(static.nets, hyper, agent, *sample)  # noqa: E731
+        samples = sample_batches(offline, ring, added, online_ratio(args, added), shape, sample_key), keys
+        learn = lambda agent, sample: update(static.nets, now, agent, *sample)  # noqa: E731
         agent, metrics = jax.lax.scan(learn, state.agent, samples)
         state = state.replace(agent=agent, env_state=env_state, ring=ring, key=key)
         jump = {"guided": guided.mean(), "stage": jnp.float32(state.course.stage)}

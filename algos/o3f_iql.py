@@ -34,6 +34,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
@@ -274,12 +275,13 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
 
     def step(carry):
         state, added = carry
+        now = online_hyper(args, hyper, added)
         keys = jax.random.split(state.key, 6)
         key, act_key, candidate_key, reset_key, sample_key, update_key = keys
         obs, critic = state.env_state.obs, state.agent.critic.params
         proposed = act(static.nets, state.agent.actor.params, obs, act_key)
-        candidates = draw_candidates(proposed, args.candidates, hyper.candidate_std, candidate_key)
-        action, gain = choose(static.nets, critic, obs, candidates, hyper.omega)
+        candidates = draw_candidates(proposed, args.candidates, now.candidate_std, candidate_key)
+        action, gain = choose(static.nets, critic, obs, candidates, now.omega)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
@@ -288,7 +290,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
         filled = buffer.size(offline) + jnp.minimum(added, buffer.size(ring))
         index = jax.random.randint(sample_key, (num_updates, args.batch_size), 0, filled)
         samples = buffer.take(offline, ring, index), jax.random.split(update_key, num_updates)
-        learn = lambda agent, sample: update(static.nets, hyper, agent, *sample)  # noqa: E731
+        learn = lambda agent, sample: update(static.nets, now, agent, *sample)  # noqa: E731
         agent, metrics = jax.lax.scan(learn, state.agent, samples)
         metrics = jax.tree.map(jnp.mean, metrics) | {"gain": gain} | envs.tally(reached)
         return (State(agent, env_state, ring, key), added), metrics

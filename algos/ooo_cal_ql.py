@@ -31,6 +31,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
 from ooo_rl.data.returns import Returns, Rows, check_returns, with_returns, without_returns
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
@@ -285,7 +286,6 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Rows, bonus, q_bou
     alpha_prime, excess = agent.alpha_prime, hyper.cql_weight * (diff - hyper.lagrange_gap)
     if args.lagrange:
         _, alpha_prime = alpha_prime.descend(alpha_prime_loss, hyper.critic_lr, excess)
-
     given = nets, critic.params, batch.obs, alpha, actor_key
     (loss_a, log_prob), actor = agent.actor.descend(actor_loss, hyper.actor_lr, *given, has_aux=True)
     target_entropy = hyper.entropy_per_action * nets.actor.action_size
@@ -382,12 +382,15 @@ def init_state(static: Static, hyper: Hyper, offline: Transition | None, truncat
 def sample_batches(offline: Transition | None, ring, added, ratio: float, shape: tuple, key) -> Transition:
     """Rows [*shape, ...] in batches of shape[-1], a share `ratio` of them offline; below 0: all alike."""
     num_old, num_new = buffer.size(offline), jnp.minimum(added, buffer.size(ring))
-    old_key, new_key = jax.random.split(key)
-    if offline is None or ring is None or ratio < 0:
+    (old_key, new_key), changes = jax.random.split(key), isinstance(ratio, jax.Array)
+    if offline is None or ring is None or (not changes and ratio < 0):
         return buffer.take(offline, ring, jax.random.randint(old_key, shape, 0, num_old + num_new))
     *outer, rows = shape
-    old = jax.random.randint(old_key, (*outer, round(ratio * rows)), 0, num_old)
-    new = jax.random.randint(new_key, (*outer, rows - old.shape[-1]), 0, num_new) + num_old
+    sizes = (rows, rows) if changes else (round(ratio * rows), rows - round(ratio * rows))
+    old = jax.random.randint(old_key, (*outer, sizes[0]), 0, num_old)
+    new = jax.random.randint(new_key, (*outer, sizes[1]), 0, num_new) + num_old
+    if changes:  # so that no shape can follow from it
+        return buffer.take(offline, ring, jnp.where(jnp.arange(rows) < jnp.round(ratio * rows), old, new))
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
@@ -416,21 +419,21 @@ def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transiti
 def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int):
     """`length` steps of all environments, gradient steps after each; `added` [] online rows come before."""
     args, num_updates = static.args, round(static.args.num_envs * static.args.utd_ratio)
-    offline, learn = with_returns(offline, state.returns.offline), partial(optimistic_update, static, hyper)
+    offline = with_returns(offline, state.returns.offline)
 
     def step(carry):
         state, added = carry
         key, act_key, reset_key, sample_key, update_key = jax.random.split(state.key, 5)
-        obs = state.env_state.obs
+        obs, now = state.env_state.obs, online_hyper(args, hyper, added)
         action = act(static.nets, state.explorer.actor.params, obs, act_key)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, without_returns(rows), added, reached.info["broken"])
-        ring, returns = state.returns.record(hyper, ring, reached, added, args.mc_bootstrap)
-        added = added + args.num_envs
+        ring, returns = state.returns.record(now, ring, reached, added, args.mc_bootstrap)
+        added, learners = added + args.num_envs, (state.explorer, state.rnd)
         shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        samples = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key), keys
-        learners, metrics = jax.lax.scan(learn, (state.explorer, state.rnd), samples)
+        samples = sample_batches(offline, ring, added, online_ratio(args, added), shape, sample_key), keys
+        learners, metrics = jax.lax.scan(partial(optimistic_update, static, now), learners, samples)
         state = State(learners[0], state.exploiter, learners[1], env_state, ring, returns, key)
         return (state, added), {**jax.tree.map(jnp.mean, metrics), **envs.tally(reached)}
 
@@ -454,10 +457,9 @@ def retrain_chunk(static: Static, state: State, hyper: Hyper, offline, added, *,
     reward, seen = buffer.rewards(*rows, added)
     low, high = jnp.min(reward, where=seen, initial=jnp.inf), jnp.max(reward, where=seen, initial=-jnp.inf)
     extremes = (hyper.reward_scale * r + hyper.reward_bias for r in (low, high))
-    bounded = args.bound_q and not args.frozen_bonus
+    bounded, num_best = args.bound_q and not args.frozen_bonus, round(args.upsample * args.batch_size)
     q_bounds = value_range(*extremes, hyper.discount) if bounded else (-jnp.inf, jnp.inf)
     best = seen & (reward >= jnp.minimum(high, hyper.upsample_from))
-    num_best = round(args.upsample * args.batch_size)
     best_rows = jnp.nonzero(best, size=len(reward), fill_value=0)[0] if num_best else None
 
     def step(carry):
@@ -510,7 +512,6 @@ def train(args: Args) -> Result:
     initialise, pretrain, explore, retrain = session.compile(session.static(nets), *functions)
     start = partial(initialise, hyper, offline, session.truncation, session.keys)
     state = session.begin(start(), partial(act, nets))
-
     for chunk in session.chunks():
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
@@ -523,7 +524,6 @@ def train(args: Args) -> Result:
             if chunk.last and args.sync_explorer:
                 state = state.replace(explorer=jax.tree.map(jnp.copy, state.exploiter))
         session.after(chunk, metrics, state)
-
     policies = {"explorer": state.explorer, "exploiter": state.exploiter}
     return session.conclude(state, export, policies, stages=("offline", "online", "retrained"))
 
@@ -536,11 +536,11 @@ FAMILIES = {
         hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
         target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, retrain_steps=12_000, cql_weight=10, entropy_per_action=-2, upsample=8 / 256),
-    "point-mass-wall-sparse": dict(reward_bias=-1),
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
         critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, entropy_per_action=-3, cql_weight=0.01,
         num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
+    "point-mass-wall-sparse": dict(reward_bias=-1),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": {**MAZE, "intrinsic_coef": 50, "online_steps": 2_000_000},
     "maze2d": dict(**MAZE, offline_steps=500_000, target_min=-500, target_max=600, upsample=1 / 8),

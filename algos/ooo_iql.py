@@ -32,6 +32,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
 
@@ -339,7 +340,7 @@ def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *,
     def step(carry):
         state, added = carry
         key, act_key, reset_key, sample_key, update_key = jax.random.split(state.key, 5)
-        obs = state.env_state.obs
+        obs, now = state.env_state.obs, online_hyper(args, hyper, added)
         action = act(static.nets, state.explorer.actor.params, obs, act_key)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
@@ -350,7 +351,7 @@ def explore_chunk(static: Static, state: State, hyper: Hyper, offline, added, *,
         index = jax.random.randint(sample_key, (num_updates, args.batch_size), 0, filled)
         learners = state.explorer, observe(static, state.bonus, rows)
         samples = buffer.take(offline, ring, index), jax.random.split(update_key, num_updates)
-        learners, metrics = jax.lax.scan(partial(optimistic_update, static, hyper), learners, samples)
+        learners, metrics = jax.lax.scan(partial(optimistic_update, static, now), learners, samples)
         state = State(learners[0], state.exploiter, learners[1], env_state, ring, key)
         return (state, added), {**jax.tree.map(jnp.mean, metrics), **envs.tally(reached)}
 

@@ -112,6 +112,27 @@ def test_every_setting_is_explained_and_bounded(script, part):
     assert numbers <= bounds_of(kind).keys(), "numbers without bounds beside them"
 
 
+def test_settings_that_change_online_reach_it(script):
+    """The step of a chunk that acts asks for its settings once, and uses no others."""
+    functions = [
+        node for node in ast.parse(inspect.getsource(script)).body if isinstance(node, ast.FunctionDef)
+    ]
+    acting = [node for node in functions if "added + args.num_envs" in ast.unparse(node)]
+    assert acting or not any(phase.acts for phase in script.make_plan(script.Args()))
+    for node in acting:
+        inner = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+        names = [
+            part
+            for function in inner
+            for part in ast.walk(function)
+            if isinstance(part, ast.Name | ast.Attribute)
+        ]
+        asked = [ast.unparse(name) for name in names]
+        once = asked.count("hyper") == asked.count("online_hyper") == 1
+        assert once, f"{node.name}: its step begins with now = online_hyper(args, hyper, added), and asks now"
+        assert "args.offline_ratio" not in asked, f"{node.name}: write online_ratio(args, added)"
+
+
 def _is_number(value):
     parts = value if isinstance(value, tuple) and value else (value,)
     return all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
@@ -198,7 +219,7 @@ def test_help_shows_what_is_in_force(script, monkeypatch, capsys, env):
         entries[flag] = f"{entries.get(flag, '')} {line}"
     assert exit.value.code == 0
     for name, default in {**fields_of(script), **of_family(script, env)}.items():
-        if name not in ("hyper", "sweep"):
+        if name not in ("hyper", "sweep", "online_change"):
             entry = entries["--" + name.replace("_", "-")]
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or "''"
             assert f"(default: {shown})" in entry, entry

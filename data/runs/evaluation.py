@@ -1,9 +1,10 @@
-"""Evaluates the policies of all runs at once.
+"""Evaluates the policies of all runs at once, and what their critics predict.
 
 They play on the device in `--env`, or on the host in the Gymnasium environment of `--eval-env`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,6 +43,31 @@ def check_eval_env(args: Any, obs_size: int, action_size: int) -> None:
         )
 
 
+def check_q_bias(args: Any, nets: Any) -> None:
+    """Raises UsageError if `--q-bias` asks for what cannot be had, of a method with these networks."""
+    if not args.q_bias:
+        return
+    if not hasattr(nets, "critic"):
+        raise UsageError("--q-bias: this method has no critics, whose predictions could be compared")
+    if args.eval_env or args.env == "none":
+        raise UsageError("--q-bias plays in --env: name one, and leave out --eval-env")
+
+
+def judge(tally: dict[str, Any], policy: Callable, value: Callable, hyper: Any) -> dict[str, Any]:
+    """The tally of a roll-out with `predicted_q` [E] and `q_bias` [E], in place of what they come from.
+
+    `value(obs, action)` is Q as predicted, in units of the scaled rewards. The first is that of the first
+    action of each episode; the second is how far it is above the discounted return that followed. Where an
+    episode was truncated, Q of its last observation stands for the rest.
+    """
+    tally = dict(tally)
+    first, last = (value(obs, policy(obs)) for obs in (tally.pop("first_obs"), tally.pop("last_obs")))
+    rest = hyper.discount ** tally["length"] * (1 - tally.pop("terminated")) * last
+    scaled = hyper.reward_scale * tally.pop("discounted_return")
+    followed = scaled + hyper.reward_bias * tally.pop("discounted_length") + rest
+    return {**tally, "predicted_q": first, "q_bias": first - followed}
+
+
 class Evaluator:
     """`evaluator(actors, keys)` plays `--eval-episodes` episodes with each policy's mean action.
 
@@ -58,8 +84,14 @@ class Evaluator:
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
 
+        def play_and_judge(actor, critic, hyper, key, *, module, record):
+            policy, value = partial(act, actor), lambda *given: module.apply(critic, *given).min(axis=0)
+            tally = rollout(env, policy, key, args.eval_episodes, record, hyper.discount)
+            return judge(tally, policy, value, hyper)
+
         options = getattr(env, "compiler_options", None)
         self.rollout = Compiled(play, mesh, room=room, options=options)
+        self.judged = Compiled(play_and_judge, mesh, room=room, options=options)
 
     @property
     def possible(self) -> bool:
@@ -77,6 +109,15 @@ class Evaluator:
         position = np.array(tally["obs"][..., :2])
         position[np.arange(position.shape[2]) > tally["length"][..., None]] = np.nan
         return position
+
+    def with_q(
+        self, actors: Any, module: Any, critics: Any, hyper: Any, keys: jax.Array, record: bool
+    ) -> dict[str, Any]:
+        """The same for `--q-bias`, with predicted_q and q_bias [runs, episodes] (see `judge`).
+
+        Q is the least of the `critics`: parameters [runs, ...] of `module`. hyper: traced settings [runs].
+        """
+        return self.judged(actors, critics, hyper, keys, module=module, record=record)
 
     def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, Any]:
         if not self.args.eval_env:

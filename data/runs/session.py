@@ -35,7 +35,7 @@ from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs import ends, memory, processes, report, worlds
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
-from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env
+from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env, check_q_bias
 from ooo_rl.data.runs.folder import (
     NoFolder,
     RunFolder,
@@ -47,6 +47,7 @@ from ooo_rl.data.runs.folder import (
     versions,
     write_json,
 )
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
 from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, filled, mesh_for, place, real, scan_mean
 from ooo_rl.data.runs.settings import read_config, resolved, to_json
@@ -56,6 +57,7 @@ from ooo_rl.data.runs.tracking import Tracker, open_tracker
 __all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"]  # what scripts use
 
 MEASURES = ("success", "return", "length")
+Q_MEASURES = ("predicted_q", "q_bias")  # with --q-bias
 EVALUATION = 2**31  # makes the key of evaluations from a run's first key
 COLUMNS = (
     TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -187,6 +189,8 @@ class Session:
 
     def static(self, nets: Any) -> Static:
         """The first argument of the method's functions, with these networks."""
+        check_q_bias(self.args, nets)
+        self.nets = nets
         return Static(self.args, self.env, self.example, nets)
 
     def scaled_to(self, return_range: float) -> Any:
@@ -386,7 +390,7 @@ class Session:
             )
         try:
             if chunk.evaluate and self.evaluate.possible:
-                self._evaluate(chunk, trained.actor.params if actor is None else actor)
+                self._evaluate(chunk, trained.actor.params if actor is None else actor, trained)
         except Exception:
             self._save(chunk, state)
             print(f"the evaluation failed; all before it is saved: --resume {self.path}", file=sys.stderr)
@@ -416,12 +420,19 @@ class Session:
         self.folder.log(phase, step, metrics)
         self.tracker(phase, step, metrics)
 
-    def _evaluate(self, chunk: Chunk, actor: Any) -> None:
+    def _evaluate(self, chunk: Chunk, actor: Any, trained: Any) -> None:
         """Plays the policy; logs what came out, and keeps it as the phase's result so far."""
         step, recorded = chunk.start + chunk.length, chunk.last and self.evaluate.has_map
-        tally = real(self.evaluate(actor, self.eval_keys, record=recorded), self.num_runs)
+        if self.args.q_bias:
+            module = getattr(self.nets, chunk.agent, self.nets).critic  # of this agent, where agents differ
+            hyper = online_hyper(self.args, self.hyper, step) if chunk.acts else self.hyper
+            given = actor, module, trained.critic.params, hyper, self.eval_keys
+            tally = self.evaluate.with_q(*given, record=recorded)
+        else:
+            tally = self.evaluate(actor, self.eval_keys, record=recorded)
+        tally = real(tally, self.num_runs)
         measures = [name for name in (*MEASURES, "solved") if name in tally]
-        result = {name: _means(tally[name]) for name in measures}
+        result = {name: _means(tally[name]) for name in (*measures, *Q_MEASURES) if name in tally}
         # The score of a task with parts is that of the number of solved ones, whatever its rewards are.
         scored = np.asarray(tally.get("solved", tally["return"]), np.float64).mean(axis=1)
         score = normalized_score(self.args.eval_env or self.args.env, scored)

@@ -30,6 +30,7 @@ from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_flo
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs import ends, processes, worlds
 from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
+from ooo_rl.data.runs.online_change import check_online_change
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
 __all__ = ["Experiment", "Traced", "UsageError", "launch"]  # what scripts use
@@ -102,6 +103,9 @@ class Experiment(metaclass=InForce):
     """steps of the phase between evaluations; 0: a quarter of each phase"""
     eval_episodes: Size = 20
     """episodes of each evaluation, with the mean action"""
+    q_bias: bool = False
+    """evaluate Q, too: eval/predicted_q, of the first actions of the episodes, and eval/q_bias, how far it is
+    above the discounted return that followed"""
     eval_env: str = ""
     """evaluate in this Gymnasium environment (by id) instead of in --env"""
     checkpoint_every: Steps = 0
@@ -119,6 +123,11 @@ class Experiment(metaclass=InForce):
     sweep: tuple[str, ...] = ()
     """traced settings to sweep, e.g. discount=0.9,0.99 actor-lr=1e-4,3e-4: every combination with all seeds,
     in one program"""
+    online_change: tuple[str, ...] = ()
+    """settings that change as the online phase begins, traced ones and the share of offline rows, e.g.
+    expectile=0.85 offline-ratio=0"""
+    online_change_over: Steps = 0
+    """environment steps in which they get there, linearly; 0: at once"""
     max_q: Positive = 1000.0
     """a seed whose mean |Q-value| is beyond this many times the largest |reward| / (1 - discount) has
     diverged and is stopped; inf: no limit"""
@@ -322,6 +331,7 @@ def check(args: Any) -> None:
     """Raises UsageError for the first setting with which no run can be made."""
     check_bounds(args)
     check_bounds(args.hyper)
+    check_online_change(args)
     if args.seed + args.num_seeds > 2**32:
         raise UsageError(
             f"--seed {args.seed} with --num-seeds {args.num_seeds} goes beyond 2^32 - 1, the largest seed"
