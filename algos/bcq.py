@@ -34,6 +34,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
@@ -289,12 +290,15 @@ def init_state(static: Static, key: jax.Array) -> State:
 def sample_batches(offline: Transition | None, ring, added, ratio: float, shape: tuple, key) -> Transition:
     """Rows [*shape, ...] in batches of shape[-1], a share `ratio` of them offline; below 0: all alike."""
     num_old, num_new = buffer.size(offline), jnp.minimum(added, buffer.size(ring))
-    old_key, new_key = jax.random.split(key)
-    if offline is None or ring is None or ratio < 0:
+    (old_key, new_key), changes = jax.random.split(key), isinstance(ratio, jax.Array)
+    if offline is None or ring is None or (not changes and ratio < 0):
         return buffer.take(offline, ring, jax.random.randint(old_key, shape, 0, num_old + num_new))
     *outer, rows = shape
-    old = jax.random.randint(old_key, (*outer, round(ratio * rows)), 0, num_old)
-    new = jax.random.randint(new_key, (*outer, rows - old.shape[-1]), 0, num_new) + num_old
+    sizes = (rows, rows) if changes else (round(ratio * rows), rows - round(ratio * rows))
+    old = jax.random.randint(old_key, (*outer, sizes[0]), 0, num_old)
+    new = jax.random.randint(new_key, (*outer, sizes[1]), 0, num_new) + num_old
+    if changes:  # so that no shape can follow from it
+        return buffer.take(offline, ring, jnp.where(jnp.arange(rows) < jnp.round(ratio * rows), old, new))
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
@@ -318,16 +322,16 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
     def step(carry):
         state, added = carry
         key, act_key, reset_key, sample_key, update_key = jax.random.split(state.key, 5)
-        obs = state.env_state.obs
-        action = act(static.nets, acting(state.agent, hyper), obs, act_key)
+        obs, now = state.env_state.obs, online_hyper(args, hyper, added)
+        action = act(static.nets, acting(state.agent, now), obs, act_key)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
         ring = buffer.insert(state.ring, rows, added, reached.info["broken"])
         added = added + args.num_envs
 
         shape, keys = (num_updates, args.batch_size), jax.random.split(update_key, num_updates)
-        batches = sample_batches(offline, ring, added, args.offline_ratio, shape, sample_key)
-        one_step = lambda agent, xs: update(static, hyper, agent, *xs)  # noqa: E731
+        batches = sample_batches(offline, ring, added, online_ratio(args, added), shape, sample_key)
+        one_step = lambda agent, xs: update(static, now, agent, *xs)  # noqa: E731
         agent, metrics = jax.lax.scan(one_step, state.agent, (batches, keys))
         metrics = jax.tree.map(jnp.mean, metrics) | envs.tally(reached)
         return (State(agent, env_state, ring, key), added), metrics
@@ -363,9 +367,11 @@ def train(args: Args) -> Result:
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
         else:
             state, metrics = finetune(state, hyper, offline, chunk.collected, length=chunk.iterations)
-        session.after(chunk, metrics, state, acting(state.agent, hyper))
+        now = online_hyper(args, hyper, chunk.start + chunk.length) if chunk.acts else hyper
+        session.after(chunk, metrics, state, acting(state.agent, now))
 
-    return session.conclude(state, partial(export, static), {"policy": acting(state.agent, hyper)})
+    last = online_hyper(args, hyper, args.online_steps)
+    return session.conclude(state, partial(export, static), {"policy": acting(state.agent, last)})
 
 
 # The official settings are the defaults, the same for all bodies. Those of the point mass are ours.

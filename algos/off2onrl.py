@@ -38,6 +38,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.priorities import Priorities
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
@@ -466,16 +467,13 @@ def learn(static: Static, hyper: Hyper, offline, ring, num_new, state: State, ke
 
 
 def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *, length: int, learns: bool):
-    """`length` steps of all environments, gradient steps after each if it `learns` already.
-
-    `added` [] online rows come before.
-    """
+    """`length` steps of all environments, with gradient steps if it `learns`; `added` [] rows come before."""
     args, num_updates = static.args, round(static.args.num_envs * static.args.utd_ratio)
 
     def step(carry):
         state, added = carry
         key, act_key, reset_key, learn_key = jax.random.split(state.key, 4)
-        obs, tree = state.env_state.obs, state.priorities
+        obs, tree, now = state.env_state.obs, state.priorities, online_hyper(args, hyper, added)
         action = act(static.nets, state.agent.actor.params, obs, act_key)
         env_state, reached = envs.step_all(static.env, state.env_state, action, reset_key)
         rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
@@ -489,7 +487,7 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
             return (state, added), tally
 
         num_new = jnp.minimum(added, buffer.size(ring))
-        one = partial(learn, static, hyper, offline, ring, num_new)
+        one = partial(learn, static, now, offline, ring, num_new)
         alone, keys = state.replace(env_state=None, ring=None), jax.random.split(learn_key, num_updates)
         learnt, metrics = jax.lax.scan(one, alone, keys)
         state = learnt.replace(env_state=env_state, ring=ring)
