@@ -510,13 +510,13 @@ def train(args: Args) -> Result:
     args, offline, hyper = session.args, session.offline, session.hyper
     if args.offline_ratio and offline is None:
         raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
+    if args.online_steps and lengths(args)[1] < session.env.horizon:
+        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)
     initialise, pretrain, begin, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
 
     alone = args.online_steps and args.without == "exploiter"
-    if args.online_steps and lengths(args)[1] < session.env.horizon:
-        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     for chunk in session.chunks():
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
