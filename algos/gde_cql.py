@@ -1,12 +1,11 @@
 """GDE on CQL: guided decoupled exploration; one policy explores, one exploits, the best one so far guides.
 
-Offline this is CQL (cql.py). Online it is GDE, as gde_iql.py tells: an explorer acts, and climbs Q, held near
-a teacher; an exploiter goes on with CQL's own losses, which ask it for actions, and becomes the teacher where
-its return in a trial is the best so far. What is evaluated and saved as the policy is the exploiter.
+Offline this is CQL (cql.py). Online it is GDE, as gde_iql.py tells: an explorer acts; an exploiter goes on
+with CQL's losses, and is evaluated and saved; the best that was tried of it is the explorer's teacher.
 
 Departures. The explorer's Q is that of CQL's policy, the least of the critics. tanh squashes both policies'
 Gaussians alike, which leaves their divergence as it is. The paper has CQL's weight at 5 and two hidden
-layers, and does not tell the rest, which is as in cql.py. All else is as in gde_iql.py.
+layers; critics have three here, to fit a run of cql.py. All else is as in cql.py and gde_iql.py.
 
     python algos/gde_cql.py
     python algos/gde_cql.py --env hopper --init-from runs/cql/hopper/mine --offline-steps 0
@@ -89,7 +88,7 @@ class Args(Experiment):
     """who guides the explorer: the best policy of all trials so far, the offline one, or nobody"""
     hidden: Layers = (256, 256)
     """units of the policies' hidden layers"""
-    critic_hidden: Layers = (256, 256)
+    critic_hidden: Layers = (256, 256, 256)
     """units of the critics' hidden layers"""
     layer_norm: bool = False
     """LayerNorm in the critics' hidden layers"""
@@ -335,6 +334,7 @@ class State:
     agent: Agent  # its policy is the exploiter
     explorer: Learner
     teacher: dict
+    tried: dict  # the exploiter as it was when the trial began, which plays it
     trial: Trial
     env_state: envs.State | None
     ring: Linked | None
@@ -344,8 +344,8 @@ class State:
 # as in gde_iql.py
 def decouple(static: Static, state: State) -> State:
     """Before the first environment step: explorer and teacher become copies of the policy so far."""
-    explorer, teacher = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(2))
-    return state.replace(explorer=Learner.create(explorer), teacher=teacher)
+    explorer, teacher, tried = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(3))
+    return state.replace(explorer=Learner.create(explorer), teacher=teacher, tried=tried)
 
 
 def init_state(static: Static, key: jax.Array) -> State:
@@ -354,7 +354,7 @@ def init_state(static: Static, key: jax.Array) -> State:
     env_state, ring = start_online(static._replace(example=row), env_key)
     trial = Trial(jnp.zeros(static.args.num_envs, bool), zero, zero, jnp.float32(-jnp.inf))
     agent = init_agent(static, agent_key)
-    return decouple(static, State(agent, None, None, trial, env_state, ring, key))
+    return decouple(static, State(agent, None, None, None, trial, env_state, ring, key))
 
 
 # as in gde_iql.py
@@ -379,16 +379,15 @@ def follow(static: Static, trial: Trial, reached: envs.State, position) -> Trial
 
 # as in gde_iql.py
 def judge(static: Static, state: State, position) -> tuple[State, jax.Array]:
-    """After the last step of a trial, whoever played it becomes the teacher if its return is the best so far.
+    """After the last step of a trial, what played it becomes the teacher if its return is the best so far.
 
     The second result [] tells whether it does.
     """
     args, trial, mean_return = static.args, state.trial, state.trial.total / state.trial.episodes
     better = (position == lengths(args)[1] - 1) & (mean_return > trial.best)
     best = jnp.where(better, mean_return, trial.best)
-    played = (state.explorer if args.without == "exploiter" else state.agent.actor).params
     new = better if args.teacher == "best" else jnp.bool_(False)
-    teacher = jax.tree.map(partial(jnp.where, new), played, state.teacher)
+    teacher = jax.tree.map(partial(jnp.where, new), state.tried, state.teacher)
     return state.replace(teacher=teacher, trial=trial.replace(best=best)), new
 
 
@@ -403,16 +402,17 @@ def play(static: Static, state: State, added) -> tuple[State, dict]:
 
     obs, in_trial = env_state.obs, position < trial_length
     exploiter, explorer = state.agent.actor.params, state.explorer.params
-    tried = act(nets, explorer if args.without == "exploiter" else exploiter, obs)
+    player = explorer if args.without == "exploiter" else exploiter
+    tried = jax.tree.map(partial(jnp.where, position == 0), player, state.tried)
     explored = act(nets, exploiter if args.without == "explorer" else explorer, obs, act_key)
-    action = jnp.where(in_trial, tried, explored)
+    action = jnp.where(in_trial, act(nets, tried, obs), explored)
     env_state, reached = envs.step_all(static.env, env_state, action, reset_key)
 
     rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
     last = jnp.where(position == cycle - 1, 1.0, reached.done)  # a trial begins with fresh episodes
     ring = n_step.insert(state.ring, rows, added, last, reached.info["broken"])
     trial = follow(static, state.trial, reached, position)
-    state = state.replace(trial=trial, env_state=env_state, ring=ring, key=key)
+    state = state.replace(tried=tried, trial=trial, env_state=env_state, ring=ring, key=key)
     state, new_teacher = judge(static, state, position)
     metrics = {"in_trial": jnp.float32(in_trial), "new_teacher": jnp.float32(new_teacher)}
     return state, metrics | envs.tally(reached)
@@ -508,10 +508,15 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("gde_cql", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
+    if args.offline_ratio and offline is None:
+        raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
+    if args.online_steps and lengths(args)[1] < session.env.horizon:
+        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)
     initialise, pretrain, begin, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
 
+    alone = args.online_steps and args.without == "exploiter"
     for chunk in session.chunks():
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
@@ -519,39 +524,34 @@ def train(args: Args) -> Result:
             state = begin(state) if chunk.first else state
             how, rows = {"length": chunk.iterations, "learns": chunk.learns}, (offline, session.truncation)
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
-        alone = chunk.acts and args.without == "exploiter"
-        session.after(chunk, metrics, state, actor=state.explorer.params if alone else None)
+        session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    alone = args.online_steps and args.without == "exploiter"
     played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
     return session.conclude(state, export, played | roles)
 
 
 # CQL's settings as in cql.py, and GDE's budgets; those of the point mass are ours.
-MAZE = dict(
-    critic_hidden=(256,) * 4, lagrange=True, max_target_backup=True, reward_scale=10, reward_bias=-5,
+MAZE = dict(critic_hidden=(256,) * 4, lagrange=True, max_target_backup=True, reward_scale=10, reward_bias=-5,
     n_steps=3, trial_every=25_000, trial_steps=5_000)  # fmt: skip
 FAMILIES = {
     "point-mass-wall": dict(
-        hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+        hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, n_steps=3,
         target_rate=0.02, offline_steps=6_000, online_steps=480_000, num_envs=48, utd_ratio=1 / 48,
-        num_samples=4, max_target_backup=True, cql_weight=10, entropy_per_action=-2, n_steps=3,
-        trial_every=24_000, trial_steps=7_200, learning_starts=4_800),
+        num_samples=4, max_target_backup=True, cql_weight=10, entropy_per_action=-2, trial_every=24_000,
+        trial_steps=7_200, learning_starts=4_800),
     "point-mass-wall-sparse": dict(reward_bias=-1),
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
         target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=4, offline_steps=0,
-        online_steps=3_000, num_envs=8, n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=32,
+        online_steps=3_000, num_envs=8, n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=96,
         learning_starts=160),
     "antmaze": MAZE,
     "maze2d": dict(**MAZE, offline_steps=500_000),
-    "kitchen": dict(
-        hidden=(512,) * 3, critic_hidden=(512,) * 3, importance_sampling=False, max_target_backup=True,
-        reward_bias=-5, end_reward=jnp.inf, offline_steps=500_000),
-    ("door", "hammer", "pen", "relocate"): dict(
-        hidden=(512,) * 2, critic_hidden=(512,) * 3, cql_weight=1, max_target_backup=True,
-        offline_steps=20_000),
+    "kitchen": dict(hidden=(512,) * 3, critic_hidden=(512,) * 3, importance_sampling=False,
+        max_target_backup=True, reward_bias=-5, end_reward=jnp.inf, offline_steps=500_000),
+    ("door", "hammer", "pen", "relocate"): dict(hidden=(512,) * 2, critic_hidden=(512,) * 3, cql_weight=1,
+        max_target_backup=True, offline_steps=20_000),
     ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
 }  # fmt: skip
 

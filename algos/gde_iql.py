@@ -6,7 +6,8 @@ Offline this is IQL (iql.py). As the online phase begins, three policies start f
   -Q(s, a) + rho * KL(teacher, explorer), a drawn from it. rho falls linearly to 0 over the phase.
 - the exploiter, which goes on with IQL's own loss, from what the explorer finds.
 - the teacher, which learns nothing. Every `--trial-every` steps the exploiter plays `--trial-steps` steps
-  from fresh starts. Where its return is the best so far, it becomes the teacher.
+  from fresh starts, as it is at their first. Where its return is the best so far, what played becomes
+  the teacher.
 
 The steps of these trials count as online steps, and their rows are stored like all others. Values are learnt
 from online rows alone, with returns of `--n-steps` steps. What is evaluated and saved as the policy is the
@@ -268,6 +269,7 @@ class State:
     agent: Agent  # its policy is the exploiter
     explorer: Learner
     teacher: dict
+    tried: dict  # the exploiter as it was when the trial began, which plays it
     trial: Trial
     env_state: envs.State | None
     ring: Linked | None
@@ -276,8 +278,8 @@ class State:
 
 def decouple(static: Static, state: State) -> State:
     """Before the first environment step: explorer and teacher become copies of the policy so far."""
-    explorer, teacher = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(2))
-    return state.replace(explorer=Learner.create(explorer), teacher=teacher)
+    explorer, teacher, tried = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(3))
+    return state.replace(explorer=Learner.create(explorer), teacher=teacher, tried=tried)
 
 
 def init_state(static: Static, key: jax.Array) -> State:
@@ -286,7 +288,7 @@ def init_state(static: Static, key: jax.Array) -> State:
     env_state, ring = start_online(static._replace(example=row), env_key)
     trial = Trial(jnp.zeros(static.args.num_envs, bool), zero, zero, jnp.float32(-jnp.inf))
     agent = init_agent(static.nets, static.example, agent_key)
-    return decouple(static, State(agent, None, None, trial, env_state, ring, key))
+    return decouple(static, State(agent, None, None, None, trial, env_state, ring, key))
 
 
 def lengths(args: Args) -> tuple[int, int]:
@@ -308,16 +310,15 @@ def follow(static: Static, trial: Trial, reached: envs.State, position) -> Trial
 
 
 def judge(static: Static, state: State, position) -> tuple[State, jax.Array]:
-    """After the last step of a trial, whoever played it becomes the teacher if its return is the best so far.
+    """After the last step of a trial, what played it becomes the teacher if its return is the best so far.
 
     The second result [] tells whether it does.
     """
     args, trial, mean_return = static.args, state.trial, state.trial.total / state.trial.episodes
     better = (position == lengths(args)[1] - 1) & (mean_return > trial.best)
     best = jnp.where(better, mean_return, trial.best)
-    played = (state.explorer if args.without == "exploiter" else state.agent.actor).params
     new = better if args.teacher == "best" else jnp.bool_(False)
-    teacher = jax.tree.map(partial(jnp.where, new), played, state.teacher)
+    teacher = jax.tree.map(partial(jnp.where, new), state.tried, state.teacher)
     return state.replace(teacher=teacher, trial=trial.replace(best=best)), new
 
 
@@ -331,16 +332,17 @@ def play(static: Static, state: State, added) -> tuple[State, dict]:
 
     obs, in_trial = env_state.obs, position < trial_length
     exploiter, explorer = state.agent.actor.params, state.explorer.params
-    tried = act(nets, explorer if args.without == "exploiter" else exploiter, obs)
+    player = explorer if args.without == "exploiter" else exploiter
+    tried = jax.tree.map(partial(jnp.where, position == 0), player, state.tried)
     explored = act(nets, exploiter if args.without == "explorer" else explorer, obs, act_key)
-    action = jnp.where(in_trial, tried, explored)
+    action = jnp.where(in_trial, act(nets, tried, obs), explored)
     env_state, reached = envs.step_all(static.env, env_state, action, reset_key)
 
     rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
     last = jnp.where(position == cycle - 1, 1.0, reached.done)  # a trial begins with fresh episodes
     ring = n_step.insert(state.ring, rows, added, last, reached.info["broken"])
     trial = follow(static, state.trial, reached, position)
-    state = state.replace(trial=trial, env_state=env_state, ring=ring, key=key)
+    state = state.replace(tried=tried, trial=trial, env_state=env_state, ring=ring, key=key)
     state, new_teacher = judge(static, state, position)
     metrics = {"in_trial": jnp.float32(in_trial), "new_teacher": jnp.float32(new_teacher)}
     return state, metrics | envs.tally(reached)
@@ -440,10 +442,15 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("gde_iql", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.scaled_to(session.args.return_range)
+    if args.offline_ratio and offline is None:
+        raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
+    if args.online_steps and lengths(args)[1] < session.env.horizon:
+        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)
     initialise, pretrain, begin, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
 
+    alone = args.online_steps and args.without == "exploiter"
     for chunk in session.chunks():
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
@@ -451,10 +458,8 @@ def train(args: Args) -> Result:
             state = begin(state) if chunk.first else state
             how, rows = {"length": chunk.iterations, "learns": chunk.learns}, (offline, session.truncation)
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
-        alone = chunk.acts and args.without == "exploiter"
-        session.after(chunk, metrics, state, actor=state.explorer.params if alone else None)
+        session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    alone = args.online_steps and args.without == "exploiter"
     played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
     return session.conclude(state, export, played | roles)
@@ -470,7 +475,7 @@ FAMILIES = {
     "probe": dict(
         hidden=(32, 32), discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3, critic_lr=3e-3,
         value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000, num_envs=8,
-        n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=32, learning_starts=160),
+        n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=96, learning_starts=160),
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(

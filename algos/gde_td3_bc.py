@@ -2,15 +2,15 @@
 
 Offline this is TD3+BC (td3_bc.py). Online it is GDE as in gde_iql.py: an explorer acts, and climbs Q, held
 near a teacher; an exploiter goes on with TD3+BC's own loss; every `--trial-every` steps the exploiter plays
-`--trial-steps` steps from fresh starts, and becomes the teacher where its return is the best so far. The
-critics' targets ask the exploiter. Values are learnt from online rows alone, with returns of `--n-steps`
-steps. What is evaluated and saved as the policy is the exploiter.
+`--trial-steps` steps from fresh starts, as it is at their first, and what played becomes the teacher where
+its return is the best so far. The critics' targets ask the exploiter. Values are learnt from online rows
+alone, with returns of `--n-steps` steps. What is evaluated and saved as the policy is the exploiter.
 
 Departures. The paper does not say what its divergence is where policies have no distribution. They act with
 noise of the same standard deviation `--exploration-noise`. So they are Gaussians, whose divergence is half of
-the squared distance of their actions in units of it. The explorer's Q is weighted as the exploiter's is, by
-alpha / mean |Q1|: rho then means the same whatever the size of rewards. The explorer moves when policies do,
-`--policy-every`. All else is as in gde_iql.py and td3_bc.py.
+the squared distance of their actions in units of it. The explorer's Q1 is not scaled, as equation (5) has
+it; the exploiter's is. The explorer moves when policies do, `--policy-every`. All else is as in gde_iql.py
+and td3_bc.py.
 
     python algos/gde_td3_bc.py
     python algos/gde_td3_bc.py --env hopper --init-from runs/td3_bc/hopper/mine --offline-steps 0
@@ -247,16 +247,15 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     return jax.tree.map(partial(jnp.where, due), moved, waiting), metrics
 
 
-def explorer_loss(params, nets, critic, teacher, obs, alpha, rho, noise):
-    """-lambda * Q1 of the explorer, and rho times its divergence from the teacher: GDE, equation (5).
+def explorer_loss(params, nets, critic, teacher, obs, rho, noise):
+    """-Q1 of the explorer, and rho times its divergence from the teacher: GDE, equation (5).
 
     Both act with Gaussian noise of standard deviation `noise`. The second result is the divergence alone.
     """
     own, guide = nets.actor.apply(params, obs), nets.actor.apply(teacher, obs)
     q = nets.critic.apply(critic, obs, own)[0]
-    weight = alpha / jax.lax.stop_gradient(jnp.abs(q).mean())
     kl = 0.5 * jnp.mean(jnp.sum(((own - guide) / noise) ** 2, axis=-1))
-    return -weight * q.mean() + rho * kl, kl
+    return -q.mean() + rho * kl, kl
 
 
 # as in gde_iql.py
@@ -278,6 +277,7 @@ class State:
     agent: Agent  # its policy is the exploiter
     explorer: Learner
     teacher: dict
+    tried: dict  # the exploiter as it was when the trial began, which plays it
     trial: Trial
     env_state: envs.State | None
     ring: Linked | None
@@ -287,8 +287,8 @@ class State:
 # as in gde_iql.py
 def decouple(static: Static, state: State) -> State:
     """Before the first environment step: explorer and teacher become copies of the policy so far."""
-    explorer, teacher = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(2))
-    return state.replace(explorer=Learner.create(explorer), teacher=teacher)
+    explorer, teacher, tried = (jax.tree.map(jnp.copy, state.agent.actor.params) for _ in range(3))
+    return state.replace(explorer=Learner.create(explorer), teacher=teacher, tried=tried)
 
 
 def init_state(static: Static, offline: Transition | None, key: jax.Array) -> State:
@@ -297,7 +297,7 @@ def init_state(static: Static, offline: Transition | None, key: jax.Array) -> St
     env_state, ring = start_online(static._replace(example=row), env_key)
     trial = Trial(jnp.zeros(static.args.num_envs, bool), zero, zero, jnp.float32(-jnp.inf))
     agent = init_agent(static, offline, agent_key)
-    return decouple(static, State(agent, None, None, trial, env_state, ring, key))
+    return decouple(static, State(agent, None, None, None, trial, env_state, ring, key))
 
 
 # as in gde_iql.py
@@ -322,16 +322,15 @@ def follow(static: Static, trial: Trial, reached: envs.State, position) -> Trial
 
 # as in gde_iql.py
 def judge(static: Static, state: State, position) -> tuple[State, jax.Array]:
-    """After the last step of a trial, whoever played it becomes the teacher if its return is the best so far.
+    """After the last step of a trial, what played it becomes the teacher if its return is the best so far.
 
     The second result [] tells whether it does.
     """
     args, trial, mean_return = static.args, state.trial, state.trial.total / state.trial.episodes
     better = (position == lengths(args)[1] - 1) & (mean_return > trial.best)
     best = jnp.where(better, mean_return, trial.best)
-    played = (state.explorer if args.without == "exploiter" else state.agent.actor).params
     new = better if args.teacher == "best" else jnp.bool_(False)
-    teacher = jax.tree.map(partial(jnp.where, new), played, state.teacher)
+    teacher = jax.tree.map(partial(jnp.where, new), state.tried, state.teacher)
     return state.replace(teacher=teacher, trial=trial.replace(best=best)), new
 
 
@@ -345,17 +344,18 @@ def play(static: Static, hyper: Hyper, state: State, added) -> tuple[State, dict
 
     obs, in_trial = env_state.obs, position < trial_length
     exploiter, explorer = state.agent.actor.params, state.explorer.params
-    tried = act(nets, explorer if args.without == "exploiter" else exploiter, obs)
+    player = explorer if args.without == "exploiter" else exploiter
+    tried = jax.tree.map(partial(jnp.where, position == 0), player, state.tried)
     actor = exploiter if args.without == "explorer" else explorer
     explored = act(nets, actor, obs, act_key, hyper.exploration_noise)
-    action = jnp.where(in_trial, tried, explored)
+    action = jnp.where(in_trial, act(nets, tried, obs), explored)
     env_state, reached = envs.step_all(static.env, env_state, action, reset_key)
 
     rows = Transition(obs, action, reached.reward, reached.obs, 1 - reached.info["termination"])
     last = jnp.where(position == cycle - 1, 1.0, reached.done)  # a trial begins with fresh episodes
     ring = n_step.insert(state.ring, rows, added, last, reached.info["broken"])
     trial = follow(static, state.trial, reached, position)
-    state = state.replace(trial=trial, env_state=env_state, ring=ring, key=key)
+    state = state.replace(tried=tried, trial=trial, env_state=env_state, ring=ring, key=key)
     state, new_teacher = judge(static, state, position)
     metrics = {"in_trial": jnp.float32(in_trial), "new_teacher": jnp.float32(new_teacher)}
     return state, metrics | envs.tally(reached)
@@ -394,7 +394,7 @@ def guided_update(static: Static, hyper: Hyper, agent: Agent, explorer: Learner,
     learnt, metrics = update(static, scaled, agent, batch, key)
     if static.args.without == "explorer":
         return (learnt, explorer), metrics
-    given = static.nets, learnt.critic.params, teacher, batch.obs, hyper.alpha, rho, hyper.exploration_noise
+    given = static.nets, learnt.critic.params, teacher, batch.obs, rho, hyper.exploration_noise
     (loss_e, kl), moved = explorer.descend(explorer_loss, hyper.actor_lr, *given, has_aux=True)
     due = learnt.critic.opt.count % hyper.policy_every == 0
     explorer = jax.tree.map(partial(jnp.where, due), moved, explorer)
@@ -450,10 +450,15 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("gde_td3_bc", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
+    if args.offline_ratio and offline is None:
+        raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
+    if args.online_steps and lengths(args)[1] < session.env.horizon:
+        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)
     initialise, pretrain, begin, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))
 
+    alone = args.online_steps and args.without == "exploiter"
     for chunk in session.chunks():
         if chunk.phase == "offline":
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
@@ -461,10 +466,8 @@ def train(args: Args) -> Result:
             state = begin(state) if chunk.first else state
             how, rows = {"length": chunk.iterations, "learns": chunk.learns}, (offline, session.truncation)
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
-        alone = chunk.acts and args.without == "exploiter"
-        session.after(chunk, metrics, state, actor=state.explorer.params if alone else None)
+        session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    alone = args.online_steps and args.without == "exploiter"
     played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
     return session.conclude(state, export, played | roles)
@@ -480,7 +483,7 @@ FAMILIES = {
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3,
         target_rate=0.05, alpha=50, offline_steps=0, online_steps=3_000, num_envs=8, n_steps=2,
-        rho_steps=1_600, trial_every=160, trial_steps=32, learning_starts=160),
+        rho_steps=1_600, trial_every=160, trial_steps=96, learning_starts=160),
     "antmaze": dict(reward_bias=-1, n_steps=3, trial_every=25_000, trial_steps=5_000),
     "maze2d": dict(
         reward_bias=-1, offline_steps=500_000, n_steps=3, trial_every=25_000, trial_steps=5_000),

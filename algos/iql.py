@@ -282,8 +282,10 @@ def kept(session: Session) -> Transition | None:
     The best are those of whole episodes, from the highest return down, until they are a fifth of all rows.
     """
     keep, data = session.args.keep, session.data
-    if data is None or keep == "all":
+    if keep == "all":
         return session.offline
+    if data is None:
+        raise UsageError(f"--keep {keep} chooses rows of --dataset, and it is none; use --keep all")
     if keep == "none":
         return None
     if data.card.get("ordered") is False:

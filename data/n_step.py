@@ -2,7 +2,7 @@
 
 Rows of one environment lie `stride` places apart: `num_envs` in a ring, 1 in a dataset of whole episodes. A
 window of n steps ends early at the end of its episode, whether a termination or a truncation, and at the
-newest row. Fewer steps of the same return are as right as n.
+newest row. A return over fewer steps is still correct: it bootstraps earlier.
 """
 
 from typing import Any

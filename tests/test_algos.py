@@ -371,6 +371,7 @@ def actors_of(script, state):
     agents = {name: part["actor"]["params"] for name, part in parts.items() if "actor" in part}
     learners = {name: part["params"] for name, part in parts.items() if part.keys() == {"params", "opt"}}
     alone = {name: part for name, part in parts.items() if part.keys() - {"statistics"} == {"params"}}
+    alone.pop("tried", None)  # it may have become the teacher
     return agents | learners | alone
 
 

@@ -1,6 +1,6 @@
 """GDE on IQL: the explorer's loss and step against NumPy; whose action is played when; who becomes the teacher."""
 
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -11,10 +11,11 @@ from numerics import adam_first_step, double, ensemble, forward, gradient, mostl
 from test_sac import ACT, BATCH, OBS, random_rows
 
 from ooo_rl import envs
-from ooo_rl.algos import gde_iql, iql
+from ooo_rl.algos import cql, gde_cql, gde_iql, gde_td3_bc, iql, td3_bc
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.session import Static
+from ooo_rl.data.runs import settings
+from ooo_rl.data.runs.session import Session, Static
 
 SETTINGS = {"actor_lr": 2e-2, "critic_lr": 3e-2, "value_lr": 1e-2, "target_rate": 0.1, "reward_scale": 2.0}
 
@@ -74,12 +75,8 @@ def test_the_explorers_step():
     update_key, explorer_key = jax.random.split(key)
     plain = iql.Hyper(**SETTINGS | {"reward_scale": 1.0})
     theirs = jax.jit(partial(iql.update, static.nets, plain))(agent, batch, update_key)[0]
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learnt.actor.params, theirs.actor.params
-    )
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learnt.value.params, theirs.value.params
-    )
+    for ours, other in zip(jax.tree.leaves(learnt), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
 
     noise, obs = np.float64(jax.random.normal(explorer_key, (BATCH, ACT))), np.float64(batch.obs)
     critic, own, teacher = double(critic), double(own), double(teacher)
@@ -174,6 +171,24 @@ def test_the_best_so_far_becomes_the_teacher(best):
     np.testing.assert_allclose(metrics["new_teacher"], (best < 3) / 16)
 
 
+@pytest.mark.parametrize("without", ["nothing", "exploiter"])
+def test_who_plays_a_trial_does_not_learn_in_it(without):
+    """Both policies learn from the first step on. What played, and is the teacher, is that of the first step."""
+    static, state = make(batch_size=4, utd_ratio=0.5, without=without)
+    at_start = (state.explorer if without == "exploiter" else state.agent.actor).params
+    hyper = gde_iql.Hyper(actor_lr=0.05)
+    chunk = jax.jit(partial(gde_iql.finetune_chunk, static, length=5, learns=True))
+    for added in (32, 42):  # the second trial's ten steps, in two chunks; rows so far have the action 0
+        state, _ = chunk(state, hyper, None, None, jnp.int32(added))
+    for params in (state.teacher, state.tried):
+        jax.tree.map(np.testing.assert_array_equal, params, at_start)
+    assert np.ptp(state.ring.action[32:52]) == 0, "one and the same mean"
+    for learner in (state.agent.actor, state.explorer):
+        assert np.abs(bias_of(learner.params) - bias_of(at_start)).max() > 1e-4
+    state, _ = chunk(state, hyper, None, None, jnp.int32(64))  # the next trial has another player
+    assert np.abs(bias_of(state.tried) - bias_of(at_start)).max() > 1e-4
+
+
 ABLATIONS = [  # flags, the actions in a trial and beside it, the teacher's after it
     ({"without": "exploiter"}, -0.5, -0.5, -0.5), ({"without": "explorer"}, 0.5, 0.5, 0.5),
     ({"teacher": "fixed"}, 0.5, -0.5, 0.0), ({"teacher": "none"}, 0.5, -0.5, 0.0),
@@ -226,5 +241,74 @@ def test_a_trial_that_leaves_nothing_to_the_explorer_is_refused():
 def test_explorer_and_teacher_begin_as_the_policy_so_far():
     static, state = make()
     state = jax.jit(partial(gde_iql.decouple, static))(state)
-    for params in (state.explorer.params, state.teacher):
+    for params in (state.explorer.params, state.teacher, state.tried):
         jax.tree.map(np.testing.assert_array_equal, params, state.agent.actor.params)
+
+
+# --- what the three scripts share ---
+
+
+@pytest.mark.parametrize("without", ["nothing", "exploiter"])
+@pytest.mark.parametrize("script", [gde_iql, gde_td3_bc, gde_cql])
+def test_the_explorer_alone_is_evaluated_and_saved(script, without, monkeypatch, tmp_path):
+    """Explorer and exploiter differ by 1 everywhere, and nobody learns. Who is evaluated, and saved as what?"""
+    decouple, seen = script.decouple, {}
+
+    def apart(static, state):
+        state = decouple(static, state)
+        params = jax.tree.map(lambda x: x + 1, state.explorer.params)
+        return state.replace(explorer=state.explorer.replace(params=params))
+
+    def note(self, chunk, metrics, state, actor=None):
+        seen["evaluated"] = state.agent.actor.params if actor is None else actor
+
+    def conclude(self, state, export, policies):
+        self.folder.close()
+        return state, policies
+
+    monkeypatch.setattr(script, "decouple", apart)
+    monkeypatch.setattr(Session, "after", note)
+    monkeypatch.setattr(Session, "conclude", conclude)
+    given = {"env": "probe-match-obs", "hidden": (2,), "offline_steps": 0, "online_steps": 32, "num_envs": 8}
+    given |= {"trial_every": 32, "trial_steps": 8, "learning_starts": 32, "eval_every": 32}
+    given |= {"dataset": "none", "without": without, "runs_dir": str(tmp_path)}
+    state, policies = script.train(script.Args(**given))
+    explorer, exploiter = state.explorer.params, state.agent.actor.params
+    saved = policies["policy"].actor.params if without == "nothing" else policies["policy"]
+    for found in (seen["evaluated"], saved):
+        expected = explorer if without == "exploiter" else exploiter
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), explorer, exploiter))
+    assert policies["explorer"] is explorer and policies["teacher"] is state.teacher
+
+
+MAKE = cache(envs.make)
+
+
+@pytest.mark.parametrize(("script", "base"), [(gde_iql, iql), (gde_td3_bc, td3_bc), (gde_cql, cql)])
+def test_networks_fit_a_run_of_the_offline_method(script, base, monkeypatch):
+    """So that --init-from a run with its defaults keeps all that was learnt."""
+    monkeypatch.setattr(envs, "make", MAKE)
+    for env in ("point-mass-wall", "hopper", "antmaze-umaze", "maze2d-umaze", "kitchen-mixed", "door"):
+        flags = ["--env", env, "--dataset", "mine.npz"]
+        ours, theirs = (settings.parse(kind.Args, flags) for kind in (script, base))
+        for name in ("hidden", "critic_hidden", "layer_norm"):
+            assert getattr(ours, name, None) == getattr(theirs, name, None), (env, name)
+
+
+@pytest.mark.parametrize("script", [gde_iql, gde_td3_bc, gde_cql])
+def test_a_share_of_offline_rows_needs_some(script):
+    args = {"env": "probe-match-obs", "dataset": "none", "offline_steps": 0, "offline_ratio": 0.5}
+    given = {"online_steps": 320, "num_envs": 8, "trial_every": 160, "trial_steps": 32}
+    with pytest.raises(UsageError, match=r"--offline-ratio 0\.5 needs --dataset, and it is none"):
+        script.train(script.Args(**args, **given))
+
+
+def test_a_trial_shorter_than_an_episode_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(Session, "compile", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    given = {"env": "point-mass-wall", "dataset": "none", "offline_steps": 0, "num_envs": 48}
+    for trial_steps, said in ((4_800, True), (7_200, False)):
+        args = given | {"online_steps": 48_000, "trial_every": 24_000, "trial_steps": trial_steps}
+        with pytest.raises(InterruptedError):
+            gde_iql.train(gde_iql.Args(**args, utd_ratio=1 / 48))
+        assert ("a trial has 100 steps, an episode 150" in capsys.readouterr().out) == said

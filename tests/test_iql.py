@@ -48,9 +48,12 @@ def test_all_or_no_offline_rows():
     session = session_of("all")
     assert iql.kept(session) is session.offline
     assert iql.kept(session_of("none")) is None
-    for keep in ("all", "none", "best"):
-        nothing = SimpleNamespace(args=SimpleNamespace(keep=keep), data=None, offline=None)
-        assert iql.kept(nothing) is None
+    nothing = SimpleNamespace(args=SimpleNamespace(keep="all"), data=None, offline=None)
+    assert iql.kept(nothing) is None
+    for keep in ("none", "best"):
+        nothing.args.keep = keep
+        with pytest.raises(UsageError, match=f"--keep {keep} chooses rows of --dataset, and it is none"):
+            iql.kept(nothing)
 
 
 def test_rows_in_no_order_have_no_best_episodes():
