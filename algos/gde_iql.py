@@ -20,7 +20,7 @@ its return is measured: here it begins a cycle, so the first one measures what w
 exploiter plays its mean. `--trial-steps` in locomotion, which the paper does not tell, is one episode.
 
     python algos/gde_iql.py
-    python algos/gde_iql.py --env hopper --init-from runs/iql/hopper/mine --offline-steps 0
+    python algos/gde_iql.py --env hopper --dataset ooo/hopper/medium-v0 --init-from RUN --offline-steps 0
 """
 
 import math

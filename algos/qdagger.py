@@ -16,7 +16,7 @@ The code's c stays 0 once it is 0; ours may rise again. The code's first phase t
 teacher's data; warm, the pre-trained agent takes its place.
 
     python algos/qdagger.py
-    python algos/qdagger.py --env hopper --init-from runs/iql/hopper/mine --offline-steps 0
+    python algos/qdagger.py --env hopper --dataset ooo/hopper/medium-v0 --init-from RUN --offline-steps 0
 """
 
 from collections import namedtuple
