@@ -22,6 +22,7 @@ def test_physics_measures_every_contestant_and_replays_the_same_simulation(tmp_p
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["env"], row["engine"], row["worlds"]) == ("halfcheetah", "mujoco", 2)
     assert row["recompilations"] == 0 and row["compile_seconds"] > 0
+    assert 0 < row["engine_share"] < 1
     assert row["same"] == 1.0  # the bare engine did the work of ours, so their ratio means something
     for who in ("ours", "batch", "rollout", "gymnasium"):
         assert row[who]["best"] >= row[who]["median"] > 0, row[who]

@@ -53,6 +53,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
+from unittest import mock
 
 import gymnasium
 import jax
@@ -181,6 +182,25 @@ class Ours:
         result = jax.block_until_ready(self.program(self.state, self.key))
         self.recompilations += COMPILATIONS.count - before
         return result
+
+    def engine_share(self) -> float | None:
+        """The share of a pass in which C MuJoCo steps; what is left is ours. None on another engine."""
+        if self.env.backend != "mujoco":
+            return None
+        spent, step = [], Batch.step
+
+        def timed(batch: Batch, *args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return step(batch, *args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - began)
+
+        with mock.patch.object(Batch, "step", timed):
+            began = time.perf_counter()
+            self()
+            whole = time.perf_counter() - began
+        return sum(spent) / whole
 
     def tape(self) -> Tape:
         """Makes a pass and writes down what happened; draws and resets are repeated from their keys."""
@@ -429,6 +449,7 @@ def compare(args: Args, name: str, engines: tuple[str, ...], worlds: int, known:
             row |= {
                 "compile_seconds": ours[engine].compile_seconds,
                 "recompilations": ours[engine].recompilations,
+                "engine_share": ours[engine].engine_share(),
             }
             row["same"] = same if engine == leader and engine.partition(":")[0] == "mujoco" else None
         for who in RIVALS:
@@ -483,7 +504,7 @@ def versions() -> dict[str, str]:
 def show(console: Console, rows: list[dict]) -> None:
     """The rows of one environment."""
     table = Table(title=rows[0]["env"])
-    for name in ("worlds", "engine", "steps/s", "median", "compile s", "again", "same"):
+    for name in ("worlds", "engine", "steps/s", "median", "share", "compile s", "again", "same"):
         table.add_column(name, justify="right")
     for name in ("Batch", "rollout", "Gymnasium"):
         table.add_column(name, justify="right")
@@ -496,6 +517,7 @@ def show(console: Console, rows: list[dict]) -> None:
             _rate(ours),
             f"{ours['median']:,.0f}" if "median" in ours else "",
         ]
+        cells.append("" if row.get("engine_share") is None else f"{row['engine_share']:.0%}")
         cells += (
             [f"{row['compile_seconds']:.1f}", str(row["recompilations"])]
             if "compile_seconds" in row
@@ -549,7 +571,8 @@ def main() -> None:
         show(console, rows)
     console.print(
         f"Steps of the environment per second, all worlds together, best of {args.repeats}; ratio: ours to "
-        "theirs. again: programs that repeated passes compiled; same: worlds that Batch moved as ours.\n"
+        "theirs. share: of a pass, C MuJoCo's own steps. again: programs that repeated passes compiled; same: "
+        "worlds that Batch moved as ours.\n"
         "(one pass): --budget has no room for more.",
         highlight=False,
     )
