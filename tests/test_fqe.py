@@ -39,7 +39,7 @@ def walks(n=4_000):
     episode = np.arange(n) // 3 * 2 + (np.arange(n) % 3 == 2)
     reward = np.where(obs == 0, action, 1 - action)[:, 0]
     rows = Transition(obs, action, reward, np.float32(obs + 1), np.float32(obs[:, 0] == 0))
-    return SimpleNamespace(transitions=rows, episode=np.int32(episode), card={"id": "walks"})
+    return SimpleNamespace(discrete=False, transitions=rows, episode=np.int32(episode), card={"id": "walks"})
 
 
 @pytest.mark.parametrize("action", [0.5, -0.5])
@@ -77,8 +77,10 @@ def test_the_target_is_renewed_when_it_is_told():
 
 def test_what_does_not_fit_is_refused():
     wide, one = policy.mlp([(np.zeros((2, 1)), np.zeros(1))]), constant(0.5)
+    numbers = policy.mlp([(np.zeros((1, 1)), np.zeros(1))], output="argmax")
     for saved, settings, words in (
         (wide, {}, "walks has 1 observations and 1 actions, but the policy takes 2 and gives 1"),
+        (numbers, {}, "fitted Q evaluation is for continuous actions"),
         (one, {"steps": 0}, "--steps must be at least 1, not 0"),
         (one, {"sample": True}, "--sample: this policy has no standard deviation to sample with"),
         (one, {"seed": 2**32 - 1, "num_seeds": 2}, "--seed 4294967295 with --num-seeds 2 goes beyond"),

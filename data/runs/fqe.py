@@ -126,6 +126,8 @@ def fitted_q(
         raise UsageError(f"--seed {settings.seed} with --num-seeds {settings.num_seeds} goes beyond 2^32 - 1")
     if settings.sample and not {"jax_sample", "log_std", "wS"} & saved.keys():
         raise UsageError("--sample: this policy has no standard deviation to sample with")
+    if data.discrete or policy.is_discrete(saved):
+        raise UsageError("fitted Q evaluation is for continuous actions: policy or data have discrete ones")
     rows = jax.tree.map(jnp.asarray, data.transitions)
     sizes = rows.obs.shape[1], rows.action.shape[1]
     if policy.policy_sizes(saved) != sizes:
