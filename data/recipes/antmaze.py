@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from brax.envs.base import Wrapper
 
 from ooo_rl.data import policy
 from ooo_rl.data.datasets.write import piece, without
@@ -87,11 +88,8 @@ def walks(env: AntMaze, transitions: int, seed: int, policies: list, kind: str =
     ]
 
 
-class _Continuing:
+class _Continuing(Wrapper):
     """An AntMaze whose episodes do not end at the goal."""
-
-    def __init__(self, env: AntMaze):
-        self.env, self.reset = env, env.reset
 
     def step(self, state, action):
         reached = self.env.step(state, action)

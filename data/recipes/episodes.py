@@ -55,7 +55,7 @@ def record(
 
     run = jax.jit(
         jax.vmap(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, CHUNK))),
-        compiler_options=env.compiler_options,
+        compiler_options=getattr(env, "compiler_options", None),
     )
     key = jax.random.PRNGKey(seed)
     carry = jax.jit(jax.vmap(start))(jax.random.split(jax.random.fold_in(key, 0), worlds))
