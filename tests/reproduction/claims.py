@@ -60,6 +60,8 @@ def on_all(name: str, tasks: dict[str, str], *rest) -> list[Claim]:
 
 
 WALL, MAZE, KITCHEN = "point-mass-wall", "maze2d-large-missing-data", "kitchen-complete"
+CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
+BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
 CLAIMS = [  # most worth per hour first
     *on_all("ooo-iql", {WALL: "return", MAZE: "return", KITCHEN: "solved"},
             "OOO, Tables 1 and 2", "OOO(IQL) ends above IQL", "ooo", ("ooo_iql", "retrained"), ("iql", "online")),
@@ -75,6 +77,35 @@ CLAIMS = [  # most worth per hour first
             "OOO, Table 2", "OOO(Cal-QL) ends above Cal-QL", "ooo", ("ooo_cal_ql", "retrained"), ("cal_ql", "online")),
     *on_all("ooo-pex", {WALL: "return", MAZE: "return"},
             "OOO, Table 2", "OOO(IQL) ends above PEX", "ooo", ("ooo_iql", "retrained"), ("pex", "online")),
+    *[claim for run, says in {
+        "iql": "GDE ends above IQL", "sac": "GDE ends above SAC from scratch", "awac": "GDE ends above AWAC",
+        "jsrl": "GDE ends above JSRL", "qdagger": "GDE ends above QDagger", "pex": "GDE ends above PEX",
+    }.items() for claim in on_all(
+        f"gde-{run}", BODIES, "GDE, Table 2", says, "gde", ("gde", "online"), (run, "online"))],
+    *on_all("gde-re-iql", {CHEETAH: SCORE},
+            "GDE, Table 1", "ReIQL ends above OnIQL", "gde", ("re_iql", "online"), ("on_iql", "online")),
+    *on_all("gde-on-iql", {HOPPER: SCORE},
+            "GDE, Table 1", "OnIQL ends above ReIQL", "gde", ("on_iql", "online"), ("re_iql", "online")),
+    *on_all("gde-bp-iql", BODIES,
+            "GDE, Table 1", "OnIQL ends above BpIQL", "gde", ("on_iql", "online"), ("bp_iql", "online")),
+    *[claim for run in ("exploiter", "explorer", "teacher") for claim in on_all(
+        f"gde-no-{run}", BODIES, "GDE, Table 4", f"GDE ends above GDE without {run}",
+        "gde", ("gde", "online"), (f"gde_no_{run}", "online"))],
+    *[claim for run, (place, says) in {
+        "none": ("Figure 4", "O3F on IQL ends above fine-tuning without selection"),
+        "noise": ("Figure 5", "O3F on IQL ends above noise without ranking"),
+        "pre": ("Figure 4", "O3F on IQL is better after fine-tuning than before"),
+    }.items() for claim in on_all(
+        f"o3f-{run}", BODIES, f"O3F, {place}", says,
+        "o3f", ("o3f", "online"), (run, "offline" if run == "pre" else "online"))],
+    *[claim for run, (place, says) in {
+        "sac_ft": ("Figure 3", "Off2OnRL ends above SAC-ft"),
+        "sac": ("Figure 3", "Off2OnRL ends above SAC from scratch"),
+        "uniform": ("Figure 4c", "balanced replay ends above uniform replay"),
+        "off2onrl_1": ("Figure 4d", "an ensemble of five ends above one agent"),
+    }.items() for claim in on_all(
+        f"off2onrl-{run}", BODIES, f"Off2OnRL, {place}", says,
+        "off2onrl", ("off2onrl", "online"), (run, "online"))],
 ]  # fmt: skip
 
 
@@ -143,39 +174,43 @@ def verdict(better: np.ndarray, worse: np.ndarray) -> tuple[str, str]:
 
 
 def line(claim: Claim) -> str:
-    """The claim's row of the page."""
+    """The row of a tested claim."""
     found = [scores(claim, policy) for policy in (claim.better, claim.worse)]
-    start = f"| {claim.place} | {claim.says} | {claim.task}"
-    if any(values is None for values in found):
-        missing = [run for run, values in zip(claim.runs, found) if values is None]
-        return f"{start} | | | | not tested: no run of {' and '.join(dict.fromkeys(missing))} yet |"
     said, chance = verdict(*found)
-    cells = [tables.cell(list(values)) for values in found]
-    return f"{start}, {claim.measure} | {cells[0]} | {cells[1]} | {chance} | {said} |"
+    cells = [claim.place, claim.says, f"{claim.task}, {claim.measure}", *map(tables.cell, map(list, found))]
+    return f"| {' | '.join([*cells, chance, said])} |"
 
 
 def page(claims: list[Claim]) -> str:
     """docs/results.md."""
     records = sorted({record_of(c, run) for c in claims for run in c.runs if record_of(c, run).exists()})
-    commands = "\n".join(f"    {json.loads(path.read_text())['command']}" for path in records)
     links = ", ".join(f"[{path.stem}](results/{path.name})" for path in records)
-    rows = "\n".join(line(claim) for claim in claims)
+    tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
+    rows = "\n".join(map(line, tested))
+    missing: dict[tuple[str, str], list[str]] = {}
+    for claim in claims:
+        if claim not in tested:
+            missing.setdefault((claim.place, claim.says), []).append(claim.task)
+    left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
-Budgets are a small share of the papers': each command below says its own. A and B are the two
-policies that a claim compares: IQM over seeds, with the 95 % stratified-bootstrap interval. The
-chance is that of a seed of A to beat one of B. A claim is confirmed if the interval of the chance
-lies above one half, contradicted if it lies below. With three seeds this asks that nearly all pairs
-agree, and says nothing about how large the difference is.
+Budgets and networks are a small share of the papers': each record has its command. A and B are the
+two policies that a claim compares, in this order: IQM over seeds, with the 95 %
+stratified-bootstrap interval. The chance is that of a seed of A to beat one of B. A claim is
+confirmed if the interval of the chance lies above one half, contradicted if it lies below. With
+three seeds this asks that nearly all pairs agree, and says nothing about how large the difference
+is.
 
 | paper | claim | task, measure | A | B | chance | verdict |
 |---|---|---|---|---|---|---|
 {rows}
 
-Commands:
+Not tested yet, since a run is missing (`python tests/reproduction/claims.py` makes it):
 
-{commands or "    (none yet)"}
+| paper | claim | tasks |
+|---|---|---|
+{left}
 
 Records: {links or "none yet"}. `docs/results/seeds.csv` has what each seed reached.
 """

@@ -2,8 +2,9 @@
 
 A comparison is a set of runs. Each run is one command of a script of algos/. Budgets are flags that are
 alike within a family of methods, so that nothing but the method differs. Words in capitals stand for other
-words: in a run's flags those of its task's budget, and `AFTER_<run>` for the flags that start from the agents
-of that run.
+words: in a run's flags those of its task's budget, `FROM_<run>` for the flag that starts from the agents of
+that run, and `AFTER_<run>` for this and no offline phase. A task that is not the name of an environment names
+it in its budget, as `ENV`.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +44,65 @@ OOO = {
     "sync": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --sync-explorer", {
         "online": "explorer, synchronised (Fig. 14)", "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
 }  # fmt: skip
-COMPARISONS = {"ooo": OOO}
+
+# All fine-tuners go on from one run of IQL, but for those whose offline method is another one.
+GDE = {
+    "pre": Run("iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {"offline": "IQL, offline"}),
+    "gde": Run("gde_iql", "NETS DATA ONLINE AFTER_pre", {"online": "GDE"}),
+    "iql": Run("iql", "NETS DATA ONLINE AFTER_pre", {"online": "IQL"}),
+    "on_iql": Run("iql", "NETS DATA ONLINE AFTER_pre --keep none", {"online": "OnIQL"}),
+    "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
+    "awac": Run("awac", "NETS CRITICS DATA AWAC ONLINE", {"offline": "AWAC, offline", "online": "AWAC"}),
+    "jsrl": Run("jsrl", "NETS DATA ONLINE OFTEN AFTER_pre", {"online": "JSRL"}),
+    "qdagger": Run("qdagger", "NETS DATA ONLINE OFTEN AFTER_pre", {"online": "QDagger"}),
+    "pex": Run("pex", "NETS DATA ONLINE AFTER_pre", {"online": "PEX"}),
+    "re_iql": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter --teacher none "
+                  "--trial-every 1000000 --trial-steps 1", {"online": "ReIQL"}),
+    "bp_iql": Run("bp_iql", "NETS DATA ONLINE FROM_pre --offline-learns prior PRIOR", {"online": "BpIQL"}),
+    # ablations of GDE (its Table 4)
+    "gde_no_exploiter": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter", {
+        "online": "GDE without exploiter"}),
+    "gde_no_explorer": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without explorer", {
+        "online": "GDE without explorer"}),
+    "gde_no_teacher": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --teacher none", {
+        "online": "GDE without teacher"}),
+}  # fmt: skip
+
+O3F = {
+    "pre": Run("o3f_iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {
+        "offline": "IQL with five critics, offline"}),
+    "o3f": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre", {"online": "O3F"}),
+    "omega": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --omega 1", {"online": "O3F, omega 1"}),
+    "noise": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1", {"online": "noise, no ranking"}),
+    "none": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1 --candidate-std 0", {
+        "online": "the policy's own actions"}),
+}  # fmt: skip
+
+OFF2ONRL = {
+    "pre": Run("off2onrl", "NETS CRITICS CQL DATA OFFLINE --online-steps 0", {"offline": "ensemble of 5, offline"}),
+    "off2onrl": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre", {"online": "Off2OnRL"}),
+    "uniform": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --replay uniform", {
+        "online": "Off2OnRL, uniform replay"}),
+    "mean_target": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --target mean", {
+        "online": "Off2OnRL, one target for the mean"}),
+    "pre_1": Run("off2onrl", "NETS CRITICS CQL DATA OFFLINE --online-steps 0 --num-members 1", {
+        "offline": "one CQL agent, offline"}),
+    "off2onrl_1": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1", {
+        "online": "Off2OnRL, one agent"}),
+    "sac_ft": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay uniform", {
+        "online": "SAC-ft"}),
+    "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
+}  # fmt: skip
+COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL}
+
+LOCOMOTION = {
+    "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 10 --checkpoint-every 5000",
+    "NETS": "--hidden 64 64",
+    "CRITICS": "--critic-hidden 64 64",
+    "OFFLINE": "--offline-steps 100000",
+    "ONLINE": "--online-steps 50000",
+    "OFTEN": "--eval-every 2500 --eval-episodes 5",
+}
 
 BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL is in front of every run's flags
     ("ooo", "point-mass-wall"): {
@@ -76,6 +135,13 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "IQL": "--offline-steps 12000 --online-steps 19200 --utd-ratio 0.25",
         "IQL_RETRAIN": "--retrain-steps 12000",
     } for task in ("complete", "mixed")},
+    **{(comparison, f"{body}-medium"): {
+        **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/medium-v0", **more,
+    } for body in ("halfcheetah", "hopper", "walker2d") for comparison, more in {
+        "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000"},
+        "o3f": {},
+        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000", "ONLINE": "--online-steps 25000"},
+    }.items()},
 }  # fmt: skip
 
 
@@ -84,8 +150,15 @@ def words_of(comparison: str, task: str, run: str, folder_of) -> list[str]:
     stand_for = BUDGETS[comparison, task]
     words = []
     for word in f"ALL {COMPARISONS[comparison].get(run, Run(run)).flags}".split():
-        if word.startswith("AFTER_"):
-            words += ["--init-from", str(folder_of(word.removeprefix("AFTER_"))), "--offline-steps", "0"]
+        if word.startswith(("AFTER_", "FROM_")):
+            words += ["--init-from", str(folder_of(word.partition("_")[2]))]
+            words += ["--offline-steps", "0"] if word.startswith("AFTER_") else []
         else:
             words += stand_for.get(word, word).split()
     return words
+
+
+def sources(comparison: str, run: str) -> list[str]:
+    """The runs whose agents a run starts from."""
+    flags = COMPARISONS[comparison].get(run, Run(run)).flags.split()
+    return [word.partition("_")[2] for word in flags if word.startswith(("AFTER_", "FROM_"))]

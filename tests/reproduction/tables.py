@@ -2,7 +2,7 @@
 
     python tests/reproduction/tables.py --task point-mass-wall --out comparison
     python tests/reproduction/tables.py --task maze2d-large-missing-data --methods iql ooo_iql td3 --seeds 5
-    python tests/reproduction/tables.py --comparison gde --task hopper
+    python tests/reproduction/tables.py --comparison gde --task hopper-medium
 
 Which runs a comparison has, and their budgets, is in comparisons.py. Each is one run of a script, with its own
 settings for all else. An OOO run gives two rows: its explorer is the base method with the bonus, its exploiter
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import tyro
-from comparisons import BUDGETS, COMPARISONS, Run, words_of
+from comparisons import BUDGETS, COMPARISONS, Run, sources, words_of
 
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.figures import curves as drawn
@@ -54,22 +54,34 @@ def run_of(args: Args, name: str) -> Run:
     return COMPARISONS[args.comparison].get(name, Run(name))
 
 
+def env_of(args: Args) -> str:
+    """The environment of the task."""
+    return BUDGETS[args.comparison, args.task].get("ENV", args.task)
+
+
+def name_of(args: Args, run: str) -> str:
+    return f"{args.comparison}-{args.task}-{run}"
+
+
 def folder_of(args: Args, run: str) -> pathlib.Path:
-    return args.runs_dir / run_of(args, run).script / args.task / f"table-{run}"
+    return args.runs_dir / run_of(args, run).script / env_of(args) / name_of(args, run)
 
 
 def command(args: Args, run: str) -> list[str]:
     """The command line of one run."""
     words = words_of(args.comparison, args.task, run, lambda other: folder_of(args, other))
     script = str(REPO / f"algos/{run_of(args, run).script}.py")
-    return [script, "--env", args.task, "--num-seeds", str(args.seeds), *words,
-            "--runs-dir", str(args.runs_dir), "--name", f"table-{run}"]  # fmt: skip
+    return [script, "--env", env_of(args), "--num-seeds", str(args.seeds), *words,
+            "--runs-dir", str(args.runs_dir), "--name", name_of(args, run)]  # fmt: skip
 
 
 def carry_out(args: Args, run: str) -> None:
+    """Runs what is missing of a run, and first of those that it starts from."""
     folder = folder_of(args, run)
     if (folder / "result.json").exists():
         return
+    for source in sources(args.comparison, run):
+        carry_out(args, source)
     words = command(args, run)
     if (folder / "config.json").exists():
         words = [words[0], "--resume", str(folder)]
