@@ -87,7 +87,7 @@ def carry_out(args: Args, run: str) -> None:
         words = [words[0], "--resume", str(folder)]
     print(time.strftime("%T"), *words, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"{args.task}-{run}.log").open("a") as log:
+    with (args.out / f"{name_of(args, run)}.log").open("a") as log:
         code = subprocess.run(
             [sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
