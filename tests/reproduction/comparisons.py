@@ -96,12 +96,12 @@ OFF2ONRL = {
 COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL}
 
 LOCOMOTION = {
-    "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 10 --checkpoint-every 5000",
+    "ALL": "--num-envs 1 --eval-every 5000 --eval-episodes 10 --checkpoint-every 5000",
     "NETS": "--hidden 64 64",
     "CRITICS": "--critic-hidden 64 64",
-    "OFFLINE": "--offline-steps 100000",
-    "ONLINE": "--online-steps 50000",
-    "OFTEN": "--eval-every 2500 --eval-episodes 5",
+    "OFFLINE": "--offline-steps 50000",
+    "ONLINE": "--online-steps 25000",
+    "OFTEN": "--eval-every 1250 --eval-episodes 5",
 }
 
 BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL is in front of every run's flags
@@ -140,7 +140,7 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
     } for body in ("halfcheetah", "hopper", "walker2d") for comparison, more in {
         "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000"},
         "o3f": {},
-        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000", "ONLINE": "--online-steps 25000"},
+        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000"},
     }.items()},
 }  # fmt: skip
 
