@@ -30,7 +30,7 @@ from ooo_rl.data.figures import aggregates
 DOCS = tables.REPO / "docs"
 RECORDS = DOCS / "results"
 PAGE = DOCS / "results.md"
-MEASURES = "normalized_score", "solved", "success", "return", "length"
+MEASURES = "normalized_score", "solved", "success", "return", "length", "q_bias"
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,26 @@ CLAIMS = [  # most worth per hour first
             "OOO, Table 2", "OOO(IQL) ends above PEX", "ooo", ("ooo_iql", "retrained"), ("pex", "online")),
     *[claim for run, says in {
         "iql": "GDE ends above IQL", "sac": "GDE ends above SAC from scratch", "awac": "GDE ends above AWAC",
-        "jsrl": "GDE ends above JSRL", "qdagger": "GDE ends above QDagger", "pex": "GDE ends above PEX",
+        "jsrl": "GDE ends above JSRL", "pex": "GDE ends above PEX",
     }.items() for claim in on_all(
         f"gde-{run}", BODIES, "GDE, Table 2", says, "gde", ("gde", "online"), (run, "online"))],
+    *on_all("gde-qdagger", {CHEETAH: SCORE},
+            "GDE, Table 2", "GDE ends above QDagger", "gde", ("gde", "online"), ("qdagger", "online")),
     *on_all("gde-re-iql", {CHEETAH: SCORE},
             "GDE, Table 1", "ReIQL ends above OnIQL", "gde", ("re_iql", "online"), ("on_iql", "online")),
     *on_all("gde-on-iql", {HOPPER: SCORE},
             "GDE, Table 1", "OnIQL ends above ReIQL", "gde", ("on_iql", "online"), ("re_iql", "online")),
     *on_all("gde-bp-iql", BODIES,
             "GDE, Table 1", "OnIQL ends above BpIQL", "gde", ("on_iql", "online"), ("bp_iql", "online")),
-    *[claim for run in ("exploiter", "explorer", "teacher") for claim in on_all(
-        f"gde-no-{run}", BODIES, "GDE, Table 4", f"GDE ends above GDE without {run}",
-        "gde", ("gde", "online"), (f"gde_no_{run}", "online"))],
+    *on_all("gde-no-explorer", {CHEETAH: SCORE},
+            "GDE, Table 4", "GDE ends above GDE without explorer",
+            "gde", ("gde", "online"), ("gde_no_explorer", "online")),
+    *on_all("gde-no-exploiter", {HOPPER: SCORE},
+            "GDE, Table 4", "GDE ends above GDE without exploiter",
+            "gde", ("gde", "online"), ("gde_no_exploiter", "online")),
+    *on_all("gde-no-teacher", {CHEETAH: SCORE},
+            "GDE, Table 4", "GDE without teacher ends above GDE",
+            "gde", ("gde_no_teacher", "online"), ("gde", "online")),
     *[claim for run, (place, says) in {
         "none": ("Figure 4", "O3F on IQL ends above fine-tuning without selection"),
         "noise": ("Figure 5", "O3F on IQL ends above noise without ranking"),
@@ -98,6 +106,12 @@ CLAIMS = [  # most worth per hour first
     }.items() for claim in on_all(
         f"o3f-{run}", BODIES, f"O3F, {place}", says,
         "o3f", ("o3f", "online"), (run, "offline" if run == "pre" else "online"))],
+    *on_all("o3f-lapo", {CHEETAH: SCORE},
+            "O3F, Figure 5", "O3F on LAPO ends above noise without ranking",
+            "o3f", ("o3f_lapo", "online"), ("noise_lapo", "online")),
+    *on_all("o3f-bias", {CHEETAH: "q_bias"},
+            "O3F, Figure 2", "Q is further above the return in SAC after CQL than in CQL",
+            "o3f", ("sac_ft", "online"), ("cql", "online")),
     *[claim for run, (place, says) in {
         "sac_ft": ("Figure 3", "Off2OnRL ends above SAC-ft"),
         "sac": ("Figure 3", "Off2OnRL ends above SAC from scratch"),

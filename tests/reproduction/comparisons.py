@@ -76,6 +76,18 @@ O3F = {
     "noise": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1", {"online": "noise, no ranking"}),
     "none": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1 --candidate-std 0", {
         "online": "the policy's own actions"}),
+    "lapo_pre": Run("o3f_lapo", "NETS LAPO DATA OFFLINE --online-steps 0", {
+        "offline": "LAPO with five critics, offline"}),
+    "o3f_lapo": Run("o3f_lapo", "NETS LAPO DATA MANY AFTER_lapo_pre", {"online": "O3F on LAPO"}),
+    "noise_lapo": Run("o3f_lapo", "NETS LAPO DATA MANY AFTER_lapo_pre --candidates 1", {
+        "online": "noise on LAPO, no ranking"}),
+    # an objective that changes as the online phase begins (its Figures 2 and 3)
+    "loose_iql": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1 --candidate-std 0 "
+                     "--online-change expectile=0.85", {"online": "IQL, expectile 0.7, then 0.85"}),
+    "cql_pre": Run("cql", "NETS CRITICS CQL DATA CQL_OFFLINE --online-steps 0 --q-bias", {"offline": "CQL, offline"}),
+    "cql": Run("cql", "NETS CRITICS CQL DATA ONLINE AFTER_cql_pre --q-bias", {"online": "CQL"}),
+    "sac_ft": Run("sac", "NETS CRITICS DATA ONLINE AFTER_cql_pre --random-steps 0 --q-bias", {
+        "online": "SAC after CQL"}),
 }  # fmt: skip
 
 OFF2ONRL = {
@@ -139,7 +151,8 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/medium-v0", **more,
     } for body in ("halfcheetah", "hopper", "walker2d") for comparison, more in {
         "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000"},
-        "o3f": {},
+        "o3f": {"CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
+                "MANY": "--online-steps 2500 --checkpoint-every 500"},
         "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000"},
     }.items()},
 }  # fmt: skip
