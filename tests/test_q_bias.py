@@ -13,6 +13,7 @@ from training import trained
 from ooo_rl import envs
 from ooo_rl.algos import iql, sac
 from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs.ends import EndsByReward
 from ooo_rl.data.runs.evaluation import check_q_bias, judge
 from ooo_rl.data.runs.session import Session
 from ooo_rl.envs.rollout import rollout
@@ -33,27 +34,32 @@ class Line(envs.Task):
         return inner
 
 
-def played(start, discount=0.5, action=0.25):
-    """(discounted return, discounted length, terminated, last observation) of one episode, step by step."""
-    place, value, length = start, 0.0, 0.0
+def played(start, discount=0.5, action=0.25, enough=np.inf):
+    """(discounted return, discounted length, terminated, last observation) of one episode, step by step.
+
+    The return ends with a reward that is `enough`, the episode goes on.
+    """
+    place, value, length, terminated = start, 0.0, 0.0, 0
     for t in range(4):
-        value, length = value + discount**t * (place + action), length + discount**t
+        if not terminated:
+            value, length = value + discount**t * (place + action), length + discount**t
+            terminated = int(place + action >= enough or (enough == np.inf and place >= 5))
         place += 1
         if place > 5:
-            return value, length, 1, place
-    return value, length, 0, place
+            break
+    return value, length, terminated, place
 
 
-def test_discounted_returns_are_those_of_a_plain_loop():
-    play = jax.jit(
-        lambda key, discount: rollout(Line(), lambda obs: obs * 0 + 0.25, key, 40, False, discount)
-    )
+@pytest.mark.parametrize("enough", [np.inf, 4.0])
+def test_discounted_returns_are_those_of_a_plain_loop(enough):
+    env = Line() if enough == np.inf else EndsByReward(Line(), enough)
+    play = jax.jit(lambda key, discount: rollout(env, lambda obs: obs * 0 + 0.25, key, 40, False, discount))
     tally = play(jax.random.PRNGKey(0), 0.5)
     starts = np.asarray(tally["first_obs"])[:, 0]
     assert {*starts} == {0, 3}
     names = "discounted_return", "discounted_length", "terminated"
     found = np.stack([*(tally[name] for name in names), tally["last_obs"][:, 0]], axis=1)
-    np.testing.assert_allclose(found, [played(start) for start in starts], rtol=1e-6)
+    np.testing.assert_allclose(found, [played(start, enough=enough) for start in starts], rtol=1e-6)
     assert {*np.asarray(tally["terminated"])} == {0, 1}
 
 

@@ -108,12 +108,11 @@ OFF2ONRL = {
 COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL}
 
 LOCOMOTION = {
-    "ALL": "--num-envs 1 --eval-every 5000 --eval-episodes 10 --checkpoint-every 5000",
+    "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 10 --checkpoint-every 5000",
     "NETS": "--hidden 64 64",
     "CRITICS": "--critic-hidden 64 64",
     "OFFLINE": "--offline-steps 50000",
-    "ONLINE": "--online-steps 25000",
-    "OFTEN": "--eval-every 1250 --eval-episodes 5",
+    "ONLINE": "--online-steps 50000",
 }
 
 BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL is in front of every run's flags
@@ -150,10 +149,12 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
     **{(comparison, f"{body}-medium"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/medium-v0", **more,
     } for body in ("halfcheetah", "hopper", "walker2d") for comparison, more in {
-        "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000"},
+        "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
+                "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5"},
         "o3f": {"CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
                 "MANY": "--online-steps 2500 --checkpoint-every 500"},
-        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000"},
+        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000",
+                     "ONLINE": "--online-steps 25000"},
     }.items()},
 }  # fmt: skip
 
