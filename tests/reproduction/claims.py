@@ -99,6 +99,10 @@ CLAIMS = [  # most worth per hour first
     *on_all("gde-no-teacher", {CHEETAH: SCORE},
             "GDE, Table 4", "GDE without teacher ends above GDE",
             "gde", ("gde_no_teacher", "online"), ("gde", "online")),
+    *on_all("gde-filter", BODIES,
+            "GDE, Table 5", "Filter ends above IQL", "gde", ("filter", "online"), ("iql", "online")),
+    *on_all("gde-per", {HOPPER: SCORE},
+            "GDE, Table 5", "IQL ends above PER", "gde", ("iql", "online"), ("per", "online")),
     *[claim for run, (place, says) in {
         "none": ("Figure 4", "O3F on IQL ends above fine-tuning without selection"),
         "noise": ("Figure 5", "O3F on IQL ends above noise without ranking"),

@@ -59,6 +59,9 @@ GDE = {
     "re_iql": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter --teacher none "
                   "--trial-every 1000000 --trial-steps 1", {"online": "ReIQL"}),
     "bp_iql": Run("bp_iql", "NETS DATA ONLINE FROM_pre --offline-learns prior PRIOR", {"online": "BpIQL"}),
+    # other ways to go on with the offline rows (its Table 5)
+    "filter": Run("iql", "NETS DATA ONLINE AFTER_pre --keep best", {"online": "Filter"}),
+    "per": Run("per_iql", "NETS DATA ONLINE AFTER_pre", {"online": "PER"}),
     # ablations of GDE (its Table 4)
     "gde_no_exploiter": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter", {
         "online": "GDE without exploiter"}),
