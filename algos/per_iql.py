@@ -62,7 +62,7 @@ class Hyper(Traced):
     importance_exponent: Fraction = 0.4
     """beta as the online phase begins: 0 leaves the critics' loss as it is, 1 takes the whole bias out"""
     final_importance_exponent: Fraction = 1.0
-    """beta at its end; in between it changes linearly"""
+    """beta at last; in between it changes linearly (--importance-steps)"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Args(Experiment):
     """environment steps of fine-tuning"""
     n_steps: Size = 5
     """steps of the returns that the critics learn online"""
+    importance_steps: Steps = 0
+    """environment steps in which beta gets to its last value; 0: all of the phase"""
     return_range: NonNegative = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
@@ -316,7 +318,8 @@ def finetune_chunk(static: Static, state: State, hyper, offline, truncation, add
         slots = buffer.size(data) + added % buffer.size(ring) + jnp.arange(args.num_envs)
         tree = priorities.update(state.priorities, slots, state.newest)
 
-        rise = added / args.online_steps * (now.final_importance_exponent - now.importance_exponent)
+        share = jnp.minimum(1, added / (args.importance_steps or args.online_steps))
+        rise = share * (now.final_importance_exponent - now.importance_exponent)
         added, beta = added + args.num_envs, now.importance_exponent + rise
         one = partial(learn, static, now, data, ring, added, beta)
         alone = state.replace(priorities=tree, env_state=None, ring=None, key=key)
@@ -381,7 +384,8 @@ FAMILIES = {
     "point-mass-wall-sparse": dict(reward_bias=-1),
     "probe": dict(
         hidden=(32, 32), discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3, critic_lr=3e-3,
-        value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000),
+        value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000,
+        importance_steps=1_600),
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
