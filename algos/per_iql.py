@@ -36,7 +36,7 @@ from ooo_rl.data.priorities import Priorities
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Positive, Size, Steps
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
 
 @struct.dataclass
@@ -346,21 +346,12 @@ def make_nets(session: Session) -> Nets:
     )
 
 
-def check_order(session: Session) -> None:
-    """Raises UsageError if n-step returns of the dataset's rows are asked for, and these are in no order."""
-    args = session.args
-    if args.online_steps and args.n_steps > 1 and session.card.get("ordered") is False:
-        raise UsageError(
-            f"--n-steps {args.n_steps}: the rows of --dataset {session.card['id']} are in no order, so it is "
-            "not known which ones follow a row; use --n-steps 1"
-        )
-
-
 def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("per_iql", args, make_plan)
-    check_order(session)
     args, offline, hyper = session.args, session.offline, session.scaled_to(session.args.return_range)
+    if args.online_steps:
+        n_step.check_order(session.card, args.n_steps)
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))

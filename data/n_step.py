@@ -13,6 +13,7 @@ from flax import struct
 
 from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition, size
+from ooo_rl.data.errors import UsageError
 
 
 @struct.dataclass
@@ -71,3 +72,12 @@ def n_step(hyper: Any, rows: Linked, index: jax.Array, added: jax.Array, stride:
     end = (index + stride * (m - 1)) % num_slots
     discount = hyper.discount ** (m - 1) * rows.discount[end]
     return Transition(rows.obs[index], rows.action[index], total, rows.next_obs[end], discount)
+
+
+def check_order(card: dict, n: int) -> None:
+    """Raises UsageError if n-step returns of rows are asked for whose dataset's `card` says: in no order."""
+    if n > 1 and card.get("ordered") is False:
+        raise UsageError(
+            f"--n-steps {n}: the rows of --dataset {card['id']} are in no order, so it is not known which "
+            "ones follow a row; use --n-steps 1"
+        )

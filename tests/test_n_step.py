@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ooo_rl.algos import gde_cql, gde_iql, gde_td3_bc, per_iql
 from ooo_rl.data import buffer, n_step
 from ooo_rl.data.buffer import Transition
+from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs.session import Session
 
 ENVS, BLOCKS, STEPS = 3, 5, 12  # the ring holds the last 5 of 12 steps of 3 environments
 LONGEST = {3: 3, 5: 5, 8: 5, 12: 2}  # steps after which the histories were read -> of the longest window then
@@ -114,3 +117,22 @@ def test_returns_from_a_dataset():
     np.testing.assert_allclose(ours.reward, [0.5, 1, 2 + 1.5 + 1, 3 + 2 + 1.25, 4 + 2.5, 5])
     np.testing.assert_allclose(ours.next_obs[:, 0], [2, 2, 5, 6, 6, 6])
     np.testing.assert_allclose(ours.discount, [0.5, 1, 0.25, 0, 0, 0])
+
+
+@pytest.mark.parametrize("script", [gde_iql, gde_td3_bc, gde_cql, per_iql])
+def test_rows_in_no_order_are_refused(script, tmp_path, monkeypatch):
+    """Where offline rows are learnt from by windows, and only there."""
+    monkeypatch.setattr(Session, "compile", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    rng, path = np.random.default_rng(0), tmp_path / "rows.npz"
+    obs, next_obs, actions = rng.uniform(-0.1, 0.1, (3, 40, 2))
+    np.savez(
+        path, observations=obs, next_observations=next_obs, actions=actions, rewards=-np.ones(40),
+        terminals=np.zeros(40),
+    )  # fmt: skip
+    given = {"env": "point-mass-wall", "dataset": str(path), "runs_dir": str(tmp_path)}
+    given |= {} if script is per_iql else {"offline_ratio": 0.5}
+    with pytest.raises(UsageError, match=r"--n-steps 3: the rows of --dataset .*rows\.npz are in no order"):
+        script.train(script.Args(**given, n_steps=3, name="a"))
+    for fine in ({"n_steps": 1}, {"n_steps": 3, "online_steps": 0}):
+        with pytest.raises(InterruptedError):
+            script.train(script.Args(**given | fine, name=f"b{len(fine)}"))

@@ -229,16 +229,6 @@ def test_an_agent_of_iql_fits():
             assert values[0] == values[1], (env, name)
 
 
-def test_rows_in_no_order_have_no_n_step_returns():
-    args = SimpleNamespace(online_steps=8, n_steps=5)
-    session = SimpleNamespace(args=args, card={"id": "mine.npz", "ordered": False})
-    with pytest.raises(UsageError, match=r"--n-steps 5: the rows of --dataset mine\.npz are in no order"):
-        per_iql.check_order(session)
-    for change in ({"n_steps": 1}, {"online_steps": 0}):
-        session.args = SimpleNamespace(**vars(args) | change)
-        per_iql.check_order(session)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
