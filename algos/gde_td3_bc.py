@@ -450,10 +450,7 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("gde_td3_bc", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
-    if args.offline_ratio and offline is None:
-        raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
-    if args.offline_ratio and args.online_steps:
-        n_step.check_order(session.card, args.n_steps)
+    n_step.check_share(args, session.card)
     if args.online_steps and lengths(args)[1] < session.env.horizon:
         session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)

@@ -74,6 +74,14 @@ def n_step(hyper: Any, rows: Linked, index: jax.Array, added: jax.Array, stride:
     return Transition(rows.obs[index], rows.action[index], total, rows.next_obs[end], discount)
 
 
+def check_share(args: Any, card: dict) -> None:
+    """Raises UsageError if `--offline-ratio` asks for rows of a dataset that cannot give them."""
+    if args.offline_ratio and card["id"] == "none":
+        raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
+    if args.offline_ratio and args.online_steps:
+        check_order(card, args.n_steps)
+
+
 def check_order(card: dict, n: int) -> None:
     """Raises UsageError if n-step returns of rows are asked for whose dataset's `card` says: in no order."""
     if n > 1 and card.get("ordered") is False:
