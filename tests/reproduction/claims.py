@@ -164,7 +164,17 @@ def keep(claim: Claim, run: str, folder: pathlib.Path) -> None:
         "phases": result["phases"], "curves": curves,
     }  # fmt: skip
     RECORDS.mkdir(exist_ok=True)
-    record_of(claim, run).write_text(json.dumps(record, indent=1) + "\n")
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in record.items())
+    record_of(claim, run).write_text(f"{{\n{lines}\n}}\n")
+
+
+def rounded(value):
+    """`value` with six significant digits in each of its numbers."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def what(words: list[str], folder: pathlib.Path) -> list[str]:
@@ -201,8 +211,6 @@ def line(claim: Claim) -> str:
 
 def page(claims: list[Claim]) -> str:
     """docs/results.md."""
-    records = sorted({record_of(c, run) for c in claims for run in c.runs if record_of(c, run).exists()})
-    links = ", ".join(f"[{path.stem}](results/{path.name})" for path in records)
     tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
     rows = "\n".join(map(line, tested))
     missing: dict[tuple[str, str], list[str]] = {}
@@ -230,7 +238,8 @@ Not tested yet, since a run is missing (`python tests/reproduction/claims.py` ma
 |---|---|---|
 {left}
 
-Records: {links or "none yet"}. `docs/results/seeds.csv` has what each seed reached.
+Each run has a record there, named after comparison, task and run. `seeds.csv`, beside them, has
+what each seed reached.
 """
 
 
