@@ -95,6 +95,20 @@ def slow(new, old):
     return jax.tree.map(lambda new, old: 0.1 * new + 0.9 * old, new, old)
 
 
+def check_critic_and_value(ours, metrics, agent, batch, target_v):
+    """The steps of critics and value, the latter towards `target_v`; returns the critics' parameters."""
+    obs, action, reward = batch.obs, batch.action, 2 * batch.reward - 1
+    target_q = reward + 0.99 * batch.discount * v_of(agent.value.params, batch.next_obs)
+    critic_error = lambda net: ((q_of(net, obs, action) - target_q) ** 2).sum(axis=0).mean()  # noqa: E731
+    value_error = lambda net: ((v_of(net, obs) - target_v) ** 2).mean()  # noqa: E731
+    np.testing.assert_allclose(metrics["critic_loss"], critic_error(agent.critic.params), rtol=1e-4)
+    np.testing.assert_allclose(metrics["value_loss"], value_error(agent.value.params), rtol=1e-4)
+    critic = stepped(critic_error, agent.critic.params, 3e-2)
+    mostly_close(ours.critic.params["params"], critic)
+    mostly_close(ours.value.params["params"], stepped(value_error, agent.value.params, 3e-2))
+    return critic
+
+
 def check_vae_and_policy(ours, metrics, agent, batch, adv, drawn):
     """The steps of CVAE and policy with the new critics, then that of the target policy; no statistics move."""
     obs, action = batch.obs, batch.action
@@ -129,7 +143,7 @@ def test_update():
     ours, metrics = jax.jit(partial(lapo.update, static, hyper))(agent, batch, EXTREMES, key)
     value_key, vae_key = jax.random.split(key)
     agent, batch = double(agent), double(batch)
-    obs, action, reward = batch.obs, batch.action, 2 * batch.reward - 1
+    obs, reward = batch.obs, 2 * batch.reward - 1
 
     def aimed(obs, noise=0.0):
         q = q_of(agent.target_critic, obs, action_of(agent.target_actor, obs, noise))
@@ -140,14 +154,7 @@ def test_update():
     free = aimed(obs, np.clip(noise, -0.5, 0.5))
     target_v = np.clip(free, -0.5, 0.4)
     assert 0 < (target_v != free).mean() < 1, "bounds that bound nothing, or all"
-    target_q = reward + 0.99 * batch.discount * v_of(agent.value.params, batch.next_obs)
-    critic_error = lambda net: ((q_of(net, obs, action) - target_q) ** 2).sum(axis=0).mean()  # noqa: E731
-    value_error = lambda net: ((v_of(net, obs) - target_v) ** 2).mean()  # noqa: E731
-    np.testing.assert_allclose(metrics["critic_loss"], critic_error(agent.critic.params), rtol=1e-4)
-    np.testing.assert_allclose(metrics["value_loss"], value_error(agent.value.params), rtol=1e-4)
-    critic = stepped(critic_error, agent.critic.params, 3e-2)
-    mostly_close(ours.critic.params["params"], critic)
-    mostly_close(ours.value.params["params"], stepped(value_error, agent.value.params, 3e-2))
+    critic = check_critic_and_value(ours, metrics, agent, batch, target_v)
 
     adv = reward + 0.99 * batch.discount * aimed(batch.next_obs) - v_of(double(ours.value.params), obs)
     assert 0 < (adv > 0).mean() < 1

@@ -14,11 +14,11 @@ from test_lapo import (
     LATENT,
     SETTINGS,
     action_of,
+    check_critic_and_value,
     check_vae_and_policy,
     make,
     q_of,
     slow,
-    stepped,
     v_of,
 )
 from test_losses import ACT
@@ -53,14 +53,7 @@ def test_update():
     free = aimed(agent.target_critic, subset, obs, np.clip(noise, -0.5, 0.5))
     target_v = np.clip(free, -0.12, -0.08)
     assert 0 < (target_v != free).mean() < 1, "bounds that bound nothing, or all"
-    target_q = reward + 0.99 * batch.discount * v_of(agent.value.params, batch.next_obs)
-    critic_error = lambda net: ((q_of(net, obs, batch.action) - target_q) ** 2).sum(axis=0).mean()  # noqa: E731
-    value_error = lambda net: ((v_of(net, obs) - target_v) ** 2).mean()  # noqa: E731
-    np.testing.assert_allclose(metrics["critic_loss"], critic_error(agent.critic.params), rtol=1e-4)
-    np.testing.assert_allclose(metrics["value_loss"], value_error(agent.value.params), rtol=1e-4)
-    critic = stepped(critic_error, agent.critic.params, 3e-2)
-    mostly_close(ours.critic.params["params"], critic)
-    mostly_close(ours.value.params["params"], stepped(value_error, agent.value.params, 3e-2))
+    critic = check_critic_and_value(ours, metrics, agent, batch, target_v)
     mostly_close(ours.target_critic["params"], slow(critic, agent.target_critic["params"]))
 
     next_q = aimed(double(ours.target_critic), later, batch.next_obs)
