@@ -224,9 +224,9 @@ This page is written by `python tests/reproduction/claims.py`, from the records 
 Budgets and networks are a small share of the papers': each record has its command. A and B are the
 two policies that a claim compares, in this order: IQM over seeds, with the 95 %
 stratified-bootstrap interval. The chance is that of a seed of A to beat one of B. A claim is
-confirmed if the interval of the chance lies above one half, contradicted if it lies below. With
-three seeds this asks that nearly all pairs agree, and says nothing about how large the difference
-is.
+confirmed, at this budget, if the interval of the chance lies above one half, and contradicted, at
+this budget, if it lies below. With three seeds this asks that nearly all pairs agree, and says
+nothing about how large the difference is.
 
 | paper | claim | task, measure | A | B | chance | verdict |
 |---|---|---|---|---|---|---|
