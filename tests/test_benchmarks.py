@@ -1,6 +1,7 @@
 """The scripts in tests/benchmarks run, and count what they say they count."""
 
 import importlib
+import inspect
 import json
 import pathlib
 import subprocess
@@ -109,6 +110,14 @@ def test_a_phase_that_only_waits_is_no_phase_to_measure(rehearsed, monkeypatch):
     monkeypatch.setattr(rehearsed["online"], "program", lambda state, *_, **__: (state, {}))
     with pytest.raises(RuntimeError, match="iql, online makes no update in 16 steps"):
         rehearsed["online"].check_that_it_learns()
+
+
+def test_what_stands_for_a_session_takes_what_scripts_give_it(methods):
+    """They call `after` with or without the policy to evaluate."""
+    for stand_in in (methods.Rehearsal, importlib.import_module("gpu_programs").Shapes):
+        for name, given in (("begin", 2), ("after", 3), ("conclude", 3)):
+            inspect.signature(getattr(stand_in, name)).bind(*[None] * (given + 1))
+        inspect.signature(stand_in.after).bind(*[None] * 4, actor=None)
 
 
 def test_which_methods_take_many_updates_per_step(methods):

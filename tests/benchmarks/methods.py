@@ -117,7 +117,7 @@ class Rehearsal(session.Session):
             Kept.now = chunk.phase
             yield chunk
 
-    def after(self, *_):
+    def after(self, *_, **__):
         pass
 
     def conclude(self, *_, **__):
