@@ -112,6 +112,19 @@ def test_a_phase_that_only_waits_is_no_phase_to_measure(rehearsed, monkeypatch):
         rehearsed["online"].check_that_it_learns()
 
 
+@pytest.mark.parametrize("learner", ["critic", "actor"])
+def test_a_phase_learns_where_its_values_move(methods, learner):
+    phase = methods.Phase.__new__(methods.Phase)
+    phase.start, phase.rest, phase.static = {learner: np.zeros(2), "other": np.zeros(2)}, [], {"length": 3}
+    for name, learns in ((learner, True), ("other", False)):
+        phase.name, phase.program = "it", lambda state, name=name, **_: ({**state, name: np.ones(2)}, {})
+        if learns:
+            phase.check_that_it_learns()
+        else:
+            with pytest.raises(RuntimeError, match="it makes no update in 3 steps"):
+                phase.check_that_it_learns()
+
+
 def test_what_stands_for_a_session_takes_what_scripts_give_it(methods):
     """They call `after` with or without the policy to evaluate."""
     for stand_in in (methods.Rehearsal, importlib.import_module("gpu_programs").Shapes):

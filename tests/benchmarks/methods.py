@@ -157,12 +157,15 @@ class Phase:
         return calls * length * self.updates * len(metrics["nonfinite_at"]) / elapsed
 
     def check_that_it_learns(self) -> None:
-        """Raises if a chunk leaves all critics as they were: a phase that waits for something has no speed."""
+        """Raises if a chunk leaves all critics as they were: a phase that waits for something has no speed.
+
+        Where there is no critic, the policy is the network of Q-values.
+        """
         state, _ = self.program(jax.tree.map(jnp.copy, self.start), *self.rest, **self.static)
-        pairs = zip(jax.tree_util.tree_leaves_with_path(self.start), jax.tree.leaves(state))
-        if not any(
-            "critic" in jax.tree_util.keystr(path) and np.any(old != new) for (path, old), new in pairs
-        ):
+        before = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(self.start)}
+        learner = "critic" if any("critic" in name for name in before) else "actor"
+        after = zip(before.items(), jax.tree.leaves(state))
+        if not any(learner in name and np.any(old != new) for (name, old), new in after):
             raise RuntimeError(
                 f"{self.name} makes no update in {self.static['length']} steps; which setting keeps it waiting?"
             )
