@@ -156,8 +156,8 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
                 "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5"},
         "o3f": {"CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
                 "MANY": "--online-steps 2500 --checkpoint-every 500"},
-        "off2onrl": {"CQL": "--num-samples 4", "OFFLINE": "--offline-steps 20000",
-                     "ONLINE": "--online-steps 25000"},
+        "off2onrl": {"ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
+                     "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000"},
     }.items()},
 }  # fmt: skip
 

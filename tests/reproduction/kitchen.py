@@ -8,8 +8,8 @@ and contact margins are set here as well. `parity` takes one step of the environ
 kinds: those of the demonstrations, with N(0, 0.3^2) added to their actions, and those to which smooth or
 white random actions lead, from the start and from states of the demonstrations. Sensors have no noise there.
 `replay` plays the recorded controls of all demonstrations and counts the sub-tasks that they solve. `draw`
-draws a demonstration, and below it an episode made of pieces, in which the scripted expert turns both knobs.
-It prints what each of the two solved.
+draws a demonstration, below it an episode made of pieces, in which the scripted expert turns both knobs, and
+below that an episode of `--policy`. It prints what each of them solved.
 """
 
 import functools
@@ -53,6 +53,8 @@ class Args:
     """bits of JAX's floating-point numbers: 32 or 64"""
     seed: int = 0
     """seed of states, actions and noise"""
+    policy: pathlib.Path | None = None
+    """file of a policy, whose mean action plays an episode that is drawn, too"""
     out: pathlib.Path = pathlib.Path("kitchen.png")
     """file of the drawing"""
 
@@ -189,9 +191,11 @@ def draw_episodes(args: Args) -> None:
     order = ("kettle", "bottom burner", "top burner", "slide cabinet")
     key, planned = jax.random.PRNGKey(args.seed), [recipes.plan(ways, order, home, rng)]
     shown = [recipes.replays(env, source, key)[0], recipes.played(env, key, planned)[0]]
-    rows = []
-    for played in shown:
-        track = render.Track(played["observations"][:, :30], None)
+    tracks, rows = [render.Track(played["observations"][:, :30], None) for played in shown], []
+    if args.policy:
+        actor = render.load_actor(str(args.policy), env, "kitchen-complete", sample=False)
+        tracks += render.play(env, actor, key)
+    for track in tracks:
         print(*(name for name in recipes.ORDER if recipes.solved(track.places, name).any()), sep=", ")
         which = np.linspace(0, len(track.places) - 1, 6).astype(int)
         rows.append(list(render.draw(env, track, which, 240, 180)))
