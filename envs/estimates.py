@@ -1,41 +1,40 @@
-"""What a step of all worlds costs on a GPU and on the host's cores: estimates, which no GPU has confirmed.
+"""What a step of all worlds costs: on a GPU as measured on an H200, on the host's cores as estimated.
 
-docs/physics.md has them in a table, and the command that measures them where a GPU is.
+docs/physics.md has the measurements, and the command that makes them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-LEVEL = 1_024  # worlds up to which a step on a GPU takes the same time
-LAUNCH_US = 1.4, 2.9  # least time of a launch inside a CUDA graph, assumed: docs/speed.md
-UPDATE_MS = 0.15, 0.45  # a gradient step of IQL, 256 units: one seed in the best case, 16 in the worst
+UPDATE_MS = 0.07, 0.22  # a gradient step of IQL on an H200, 256 units: of one seed, and of 16 at once
 
 
 @dataclass(frozen=True)
 class Cost:
-    """launches: of an environment step of 64 worlds on MJX, counted by tests/benchmarks/gpu_cost.py.
+    """mjx: milliseconds of an environment step of 1,024 worlds on MJX, measured on an H200.
 
-    rate: environment steps/s of C MuJoCo on one core of an AMD EPYC, measured: docs/physics.md.
+    warp: of 8,192 worlds on MJX-Warp, there. Fewer worlds count as much: 64 took 0.6 to 0.7 times that long.
+
+    rate: environment steps/s of C MuJoCo on one core of an AMD EPYC, measured.
     """
 
-    launches: int
+    mjx: float
+    warp: float
     rate: float
 
-    def mjx_ms(self, worlds: int) -> tuple[float, float]:
-        """Milliseconds of a step of so many worlds on an H100: (least, most)."""
-        times = max(1.0, worlds / LEVEL) * self.launches / 1e3
-        return LAUNCH_US[0] * times, LAUNCH_US[1] * times
-
-    def mujoco_ms(self, worlds: int, cores: int) -> float:
-        """Milliseconds of a step of so many worlds on the cores of a host, without the call's own cost."""
-        return 1e3 * worlds / (self.rate * min(cores, worlds))
+    def ms(self, engine: str, worlds: int, cores: int) -> float:
+        """Milliseconds of a step of so many worlds; `mujoco` on the host's cores, without the call's cost."""
+        if engine == "mujoco":
+            return 1e3 * worlds / (self.rate * min(cores, worlds))
+        time, level = (self.warp, 8_192) if engine == "mjx-warp" else (self.mjx, 1_024)
+        return time * max(1.0, worlds / level)
 
 
 COSTS = {  # by class of task
-    "HalfCheetah": Cost(2_467, 39_400),
-    "Hopper": Cost(6_875, 16_294),
-    "Walker2d": Cost(7_272, 13_081),
-    "Ant": Cost(9_984, 6_518),
+    "HalfCheetah": Cost(6.2, 5.5, 39_400),
+    "Hopper": Cost(13.7, 35.1, 16_294),
+    "Walker2d": Cost(22.7, 12.7, 13_081),
+    "Ant": Cost(116.2, 21.2, 6_518),
 }
 
 

@@ -30,6 +30,7 @@ def minari_folder(tmp_path_factory):
         yield
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest may run without xdist
 def pytest_xdist_make_scheduler(config, log):
     """Each file goes to one of the processes as a whole; the contract of algos/, method by method."""
     from xdist.scheduler import LoadScopeScheduling

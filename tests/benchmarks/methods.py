@@ -41,7 +41,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from throughput import machine
+from throughput import machine, turn
 
 from ooo_rl.data.runs import session
 from ooo_rl.data.runs.program import Compiled
@@ -70,7 +70,7 @@ class Args:
     """environments per seed, with one update after each step of all of them"""
     rows: int = 16_000
     """online rows that the buffer holds, a multiple of num_envs"""
-    updates: int = 512 if ON_CPU else 32_768
+    updates: int = 512 if ON_CPU else 4_096
     """updates, of all seeds together, in one call of our program, at least 16 of each seed; calls are
     repeated to fill --seconds
     """
@@ -78,6 +78,8 @@ class Args:
     """least length of one measurement"""
     repeats: int = 3
     """measurements of each rate"""
+    lock: str = ""
+    """file that several benchmarks name which run side by side: they compile at once and measure in turns"""
     json: str = ""
     """write settings, machine and all measurements to this file"""
 
@@ -265,10 +267,11 @@ def measure(script: ModuleType, args: Args, hidden: int) -> list[dict]:
     rows = []
     for name, phase in single.items():
         usual, rates, theirs = Usual(phase), {n: [] for n in args.seeds}, []
-        for _ in range(args.repeats):
-            for n in args.seeds:
-                rates[n].append(ours[n][name].measure(args.seconds))
-            theirs.append(usual.measure(args.seconds))
+        with turn(args.lock):
+            for _ in range(args.repeats):
+                for n in args.seeds:
+                    rates[n].append(ours[n][name].measure(args.seconds))
+                theirs.append(usual.measure(args.seconds))
         for n in args.seeds:
             row = {"method": script.__name__.split(".")[-1], "phase": name, "hidden": hidden, "seeds": n}
             row |= {"length": ours[n][name].static["length"], "devices": ours[n][name].program.mesh.size}
@@ -299,9 +302,10 @@ def measure_many(script: ModuleType, args: Args, hidden: int) -> list[dict]:
         block = rehearsed(utd_ratio=float(MANY), policy_every=MANY)["online"]
         ones = rehearsed(utd_ratio=1.0)["online"]
         usual, rates = Usual(ones), {"block": [], "single": [], "usual": []}
-        for _ in range(args.repeats):
-            for name, contestant in (("block", block), ("single", ones), ("usual", usual)):
-                rates[name].append(contestant.measure(args.seconds))
+        with turn(args.lock):
+            for _ in range(args.repeats):
+                for name, contestant in (("block", block), ("single", ones), ("usual", usual)):
+                    rates[name].append(contestant.measure(args.seconds))
         row = {
             "method": script.__name__.split(".")[-1],
             "hidden": hidden,

@@ -32,7 +32,8 @@ PointMaze_Large-v3, from its own starts.
 
 MJX on a CPU takes up to a minute to compile for each shape, so there it is measured with `--mjx-worlds`
 alone. What would take longer than `--budget` is left out, or measured with a single pass, and the table says
-so. Compilation is not part of any rate, and no cache shortens it.
+so. Programs are compiled as a run's are, for a GPU with the options of `data/runs/program.py`. Compilation is
+not part of any rate, and no cache shortens it, unless `--cached` allows one.
 
     python tests/benchmarks/physics.py --json out.json
     python tests/benchmarks/physics.py --envs antmaze-large-diverse --engines mujoco --worlds 64
@@ -64,9 +65,10 @@ import tyro
 from mujoco.batch import Batch, SimulationError
 from rich.console import Console
 from rich.table import Table
-from throughput import machine
+from throughput import machine, turn
 
 from ooo_rl import envs
+from ooo_rl.data.runs.program import compile_for
 from ooo_rl.envs import gymnasium_eval
 from ooo_rl.envs.physics_task import PhysicsTask, Scene
 
@@ -100,6 +102,8 @@ class Args:
     """worlds side by side"""
     mjx_worlds: tuple[int, ...] | None = (8,) if ON_CPU else None
     """of those, the ones to measure MJX with; None: all"""
+    alone: bool = False
+    """measure ours without the bare engine and Gymnasium"""
     length: int = 48
     """steps in one pass"""
     seconds: float = 0.4
@@ -108,6 +112,12 @@ class Args:
     """measurements of each rate"""
     budget: float = 120.0 if ON_CPU else 300.0
     """most seconds for one contestant at one number of worlds: beyond it a single pass is made, or none"""
+    cached: bool = False
+    """take programs from JAX's compilation cache (JAX_COMPILATION_CACHE_DIR); compile times then mean
+    nothing
+    """
+    lock: str = ""
+    """file that several benchmarks name which run side by side: they compile at once and measure in turns"""
     json: str = ""
     """write settings, machine and all measurements to this file"""
     smoke: bool = False
@@ -158,8 +168,9 @@ class Ours:
         self.worlds, self.length, self.key = worlds, length, jax.random.PRNGKey(1)
         self.state = jax.jit(jax.vmap(self.env.reset))(jax.random.split(jax.random.PRNGKey(0), worlds))
         self.options = self.env.compiler_options
-        self.program, began = jax.jit(self._pass, compiler_options=self.options), time.perf_counter()
-        self.program.lower(self.state, self.key).compile()  # the calls find this program
+        began = time.perf_counter()
+        lowered = jax.jit(self._pass, compiler_options=self.options).lower(self.state, self.key)
+        self.program = compile_for(lowered, jax.default_backend())
         self.compile_seconds, self.recompilations = time.perf_counter() - began, 0
 
     def _draw(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -436,11 +447,12 @@ def compare(args: Args, name: str, engines: tuple[str, ...], worlds: int, known:
             ours[engine] = entered
     leader = next(iter(ours), None)
     same = None
-    if leader is None:
-        contest.reasons |= dict.fromkeys(RIVALS, "nothing of ours to play after")
+    if args.alone or leader is None:
+        contest.reasons |= dict.fromkeys(RIVALS, "--alone" if args.alone else "nothing of ours to play after")
     else:
         same = invite(contest, ours[leader])
-    contest.run()
+    with turn(args.lock):
+        contest.run()
 
     rows = []
     for engine in engines:
@@ -549,7 +561,7 @@ def main() -> None:
             if unknown
             else "worlds, length and repeats must be positive"
         )
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", args.cached)
     console = Console() if sys.stdout.isatty() else Console(width=180)
     here, command = machine() | versions(), " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     device = f"{here['devices']} x {here['device']} ({here['backend']})"

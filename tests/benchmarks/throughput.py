@@ -13,6 +13,7 @@ a machine that others use too treats them alike; the table shows the best, the J
     python tests/benchmarks/throughput.py --hidden 256 --seeds 16
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -57,7 +58,7 @@ class Args:
     """units of both hidden layers"""
     seeds: tuple[int, ...] = (1, 4, 16) if jax.default_backend() == "cpu" else (1, 4, 16, 64)
     """seeds trained side by side"""
-    updates: int = 512 if jax.default_backend() == "cpu" else 32_768
+    updates: int = 512 if jax.default_backend() == "cpu" else 4_096
     """updates, of all seeds together, in one call of our program, at least 16 of each seed; calls are
     repeated to fill --seconds
     """
@@ -65,8 +66,23 @@ class Args:
     """least length of one measurement"""
     repeats: int = 3
     """measurements of each rate"""
+    lock: str = ""
+    """file that several benchmarks name which run side by side: they compile at once and measure in turns"""
     json: str = ""
     """write settings, machine and all measurements to this file"""
+
+
+@contextlib.contextmanager
+def turn(lock: str):
+    """Waits until no other process is within a `turn` of the same file; without a name, does not wait."""
+    if not lock:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 class AtOnce(Compiled):
@@ -170,12 +186,13 @@ def compare(args: Args, hidden: int, phase: str, offline: Transition, ceiling: f
         args.seconds * min(1000, 0.2 * ceiling / flops)
     )  # of the usual way: about what it does in args.seconds
     rates, plain_rates, theirs = {n: [] for n in args.seeds}, {n: [] for n in args.seeds}, []
-    for _ in range(args.repeats):
-        for n, program in ours.items():
-            rates[n].append(program.measure(args.seconds))
-            if on_cpu:
-                plain_rates[n].append(plain[n].measure(args.seconds))
-        theirs.append(usual(hidden, utd_ratio, updates))
+    with turn(args.lock):
+        for _ in range(args.repeats):
+            for n, program in ours.items():
+                rates[n].append(program.measure(args.seconds))
+                if on_cpu:
+                    plain_rates[n].append(plain[n].measure(args.seconds))
+            theirs.append(usual(hidden, utd_ratio, updates))
     usual_rates = [run["seed_updates_per_second"] for run in theirs]
     rows = []
     for n in args.seeds:
