@@ -59,7 +59,8 @@ def on_all(name: str, tasks: dict[str, str], *rest) -> list[Claim]:
     ]
 
 
-WALL, MAZE, KITCHEN = "point-mass-wall", "maze2d-large-missing-data", "kitchen-complete"
+WALL, MAZE = "point-mass-wall", "maze2d-large-missing-data"
+KITCHEN, MIXED = "kitchen-complete", "kitchen-mixed"
 CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
 CLAIMS = [  # most worth per hour first
@@ -68,7 +69,7 @@ CLAIMS = [  # most worth per hour first
     *on_all("ooo-iql-bonus", {WALL: "return", MAZE: "return", KITCHEN: "solved"},
             "OOO, Figure 4", "retraining ends above IQL + bonus", "ooo",
             ("ooo_iql", "retrained"), ("ooo_iql", "online")),
-    *on_all("iql-fine-tunes", {KITCHEN: "solved"},
+    *on_all("iql-fine-tunes", {KITCHEN: "solved", MIXED: "solved"},
             "OOO, Table 1", "IQL is better after fine-tuning than before", "ooo",
             ("iql", "online"), ("iql", "offline")),
     *on_all("ooo-rlpd", {WALL: "return", MAZE: "return"},
@@ -93,6 +94,9 @@ CLAIMS = [  # most worth per hour first
     *on_all("gde-no-explorer", {CHEETAH: SCORE},
             "GDE, Table 4", "GDE ends above GDE without explorer",
             "gde", ("gde", "online"), ("gde_no_explorer", "online")),
+    *on_all("gde-alone", {CHEETAH: SCORE},
+            "GDE, Table 4", "GDE without exploiter ends above GDE",
+            "gde", ("gde_no_exploiter", "online"), ("gde", "online")),
     *on_all("gde-no-exploiter", {HOPPER: SCORE},
             "GDE, Table 4", "GDE ends above GDE without exploiter",
             "gde", ("gde", "online"), ("gde_no_exploiter", "online")),
