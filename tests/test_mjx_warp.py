@@ -21,12 +21,13 @@ needs_warp = pytest.mark.skipif(
     reason="warp-lang (149 MB) is not installed: pip install '.[warp]', or MJX-Warp remains unchecked",
 )
 WORLDS = 64
+KITCHEN = {"model": "mjx", "noise": 0.0}
 
 
-def states(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def states(name: str, settings: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Where weak random actions lead 64 worlds on the C engine: qpos, qvel, one more action, and how many
     contacts these states have together."""
-    env, rng = envs.make(name, physics="mujoco"), np.random.default_rng(0)
+    env, rng = envs.make(name, physics="mujoco", **settings), np.random.default_rng(0)
     actions = np.float32(rng.uniform(-1, 1, (31, WORLDS, env.action_size)))
     begun = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), WORLDS))
     body = getattr(begun.pipeline_state, "body", begun.pipeline_state)
@@ -49,15 +50,22 @@ def states(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 @needs_warp
-@pytest.mark.parametrize("name", ["halfcheetah", "hopper", "walker2d", "ant", "antmaze-umaze"])
-def test_one_eight_and_many_worlds_step_as_in_c(name):
-    qpos, qvel, action, contacts = states(name)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *[(name, {}) for name in ("halfcheetah", "hopper", "walker2d", "ant", "antmaze-umaze")],
+        pytest.param("kitchen-complete", KITCHEN, marks=pytest.mark.slow),
+    ],
+)
+def test_one_eight_and_many_worlds_step_as_in_c(name, settings):
+    qpos, qvel, action, contacts = states(name, settings)
     assert contacts > 48  # the room that MJX makes for all worlds together if it is not told how many
 
     def step(env):
         return lambda *state: env.step(env.reset_to(*state[:2]), state[2]).obs
 
-    ours, wanted = envs.make(name, physics="mjx-warp"), jax.vmap(step(envs.make(name, physics="mujoco")))
+    ours, exactly = (envs.make(name, physics=engine, **settings) for engine in ("mjx-warp", "mujoco"))
+    wanted = jax.vmap(step(exactly))
 
     def measured(qpos, qvel, action):
         nested = [x.reshape(4, WORLDS // 4, -1) for x in (qpos, qvel, action)]
