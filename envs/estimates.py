@@ -13,7 +13,7 @@ UPDATE_MS = 0.07, 0.22  # a gradient step of IQL on an H200, 256 units: of one s
 class Cost:
     """mjx: milliseconds of an environment step of 1,024 worlds on MJX, measured on an H200.
 
-    warp: of 8,192 worlds on MJX-Warp, there. Fewer worlds count as much: 64 took 0.6 to 0.7 times that long.
+    warp: of 8,192 worlds on MJX-Warp, there. Fewer worlds count as much: 64 took 0.5 to 0.7 times that long.
 
     rate: environment steps/s of C MuJoCo on one core of an AMD EPYC, measured.
     """
