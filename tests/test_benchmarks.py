@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -28,6 +29,24 @@ def test_physics_measures_every_contestant_and_replays_the_same_simulation(tmp_p
     for who in ("ours", "batch", "rollout", "gymnasium"):
         assert row[who]["best"] >= row[who]["median"] > 0, row[who]
         assert row[who]["note"] == ""
+
+
+def test_benchmarks_take_turns_if_they_name_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    turn, order = importlib.import_module("throughput").turn, []
+
+    def measure(name, file):
+        with turn(str(file)):
+            order.append(name)
+
+    with turn(str(tmp_path / "lock")):
+        other = threading.Thread(target=measure, args=("same", tmp_path / "lock"))
+        other.start()
+        measure("another", tmp_path / "other")
+        other.join(0.5)
+        assert order == ["another"]  # who named the same file still waits
+    other.join(10)
+    assert order == ["another", "same"]
 
 
 # --- all methods ---

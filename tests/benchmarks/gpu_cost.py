@@ -3,7 +3,7 @@
 XLA compiles for a described card (tests/benchmarks/gpus) and writes down what it would have the card do. We
 count this for each program of each method, and for a step of each body on MJX: launches, those outside CUDA
 graphs, launches of graphs, times that the host waits, copies and memory. The counts are exact, but for loops
-whose iterations depend on data; there --loops is assumed. The times are estimates that no GPU has confirmed.
+whose iterations depend on data; there --loops is assumed. The times are estimates.
 docs/speed.md has the assumptions, the results, and how to install XLA's compiler for CUDA.
 
     python tests/benchmarks/gpu_cost.py --json out.json
