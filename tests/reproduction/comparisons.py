@@ -33,6 +33,10 @@ OOO = {
     "rlpd": Run("rlpd", "RLPD", {"online": "RLPD"}),
     "ooo_rlpd": Run("ooo_rlpd", "RLPD RLPD_RETRAIN", {"online": "RLPD + RND", "retrained": "OOO(RLPD)"}),
     "td3": Run("td3", "TD3 --intrinsic rnd TD3_RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
+    # Cal-QL without what OOO changed in it
+    "no_uniform_floor": Run("cal_ql", "CQL --no-calibrate-random", {
+        "offline": "Cal-QL, no floor for uniform actions, offline",
+        "online": "Cal-QL, no floor for uniform actions (Fig. 7)"}),
     # ablations of OOO(IQL)
     "frozen_bonus": Run("ooo_iql", "IQL IQL_RETRAIN --frozen-bonus", {
         "retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
@@ -144,10 +148,18 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "TD3": "--online-steps 400000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128",
         "TD3_RETRAIN": "--retrain-steps 50000",
     },
+    # the paper's own budget and networks, which are the scripts' settings: for a GPU
+    ("ooo", "maze2d-large-missing-data-full"): {
+        "ENV": "maze2d-large-missing-data", "HALVES": "--retrain-at 250000 500000",
+        **dict.fromkeys(("ALL", "IQL", "IQL_RETRAIN", "CQL", "CQL_RETRAIN", "RLPD", "RLPD_RETRAIN", "TD3",
+                         "TD3_RETRAIN", "SAC"), ""),
+    },
     **{("ooo", f"kitchen-{task}"): {
         "ALL": "--num-envs 32 --eval-episodes 5 --eval-every 12000 --checkpoint-every 3000",
         "IQL": "--offline-steps 12000 --online-steps 19200 --utd-ratio 0.25",
         "IQL_RETRAIN": "--retrain-steps 12000",
+        "CQL": "--hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 12000 --online-steps 19200 "
+               "--utd-ratio 0.25",
     } for task in ("complete", "mixed")},
     **{(comparison, f"{body}-medium"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/medium-v0", **more,
