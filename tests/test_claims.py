@@ -1,4 +1,4 @@
-"""The page of claims: what a run's record keeps, when a claim is confirmed, and that the page is its records'."""
+"""The pages of results: what a run's record keeps, when a claim is confirmed, and that all comes from records."""
 
 import importlib
 import json
@@ -12,6 +12,8 @@ import pytest
 REPRODUCTION = pathlib.Path(__file__).parent / "reproduction"
 sys.path.insert(0, str(REPRODUCTION))
 import claims  # noqa: E402
+import pages  # noqa: E402
+import records  # noqa: E402
 import tables  # noqa: E402
 from comparisons import BUDGETS, COMPARISONS, sources, words_of  # noqa: E402
 
@@ -29,14 +31,14 @@ from ooo_rl.data.runs import settings  # noqa: E402
     ],
 )
 def test_verdicts(better, worse, expected):
-    said, chance = claims.verdict(np.array(better, float), np.array(worse, float))
+    said, chance = pages.verdict(np.array(better, float), np.array(worse, float))
     assert said == expected and (chance.startswith("1.00 [1.00, 1.00]") or expected != "confirmed")
 
 
 def test_every_claim_is_about_runs_that_have_a_budget():
     assert len({c.name for c in claims.CLAIMS}) == len(claims.CLAIMS)
     for claim in claims.CLAIMS:
-        assert (claim.comparison, claim.task) in BUDGETS and claim.measure in claims.MEASURES
+        assert (claim.comparison, claim.task) in BUDGETS and claim.measure in records.MEASURES
         for run, phase in (claim.better, claim.worse):
             assert phase in COMPARISONS[claim.comparison][run].rows, f"{claim.name}: {run} has no {phase}"
 
@@ -83,35 +85,62 @@ def test_a_run_is_carried_out_after_those_that_it_starts_from(tmp_path, monkeypa
     assert made == [f"gde-hopper-medium-{run}" for run in ("pre", "re_iql", "pex")]
 
 
-def test_a_record_keeps_what_a_reader_needs_and_no_place_of_this_machine(tmp_path, monkeypatch):
-    folder, claim = tmp_path / "iql" / "point-mass-wall" / "table-iql", claims.CLAIMS[0]
+def finished(folder: pathlib.Path, command: str, values: list, curve: dict[int, list]) -> pathlib.Path:
+    """A run's folder, with what `values` its seeds reached, and their returns at each step of `curve`."""
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({
-        "dataset": "ooo/x-v0", "seeds": [0, 1], "failed": {}, "phases": {"online": {"return": [1.0, None]}},
+        "dataset": "ooo/x-v0", "seeds": list(range(len(values))), "failed": {},
+        "phases": {"online": {"return": values, "success": values}},
     }))  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({
+        "method": "iql", "command": command, "versions": {}, "devices": ["cpu:0"], "git_commit": "abc",
+    }))  # fmt: skip
+    rows = [
+        f"online,{step},{seed},,eval/{measure},{value}"
+        for step, found in curve.items()
+        for seed, value in enumerate(found)
+        for measure in ("return", "success")
+    ]
+    text = "\n".join(["phase,step,seed,setting,metric,value", *rows, "online,5,0,,critic_loss,3", ""])
+    (folder / "metrics.csv").write_text(text)
+    return folder
+
+
+def test_a_record_keeps_what_a_reader_needs_and_no_place_of_this_machine(tmp_path, monkeypatch):
+    claim = claims.CLAIMS[0]
     command = (
         f"{tmp_path}/algos/iql.py --env x --init-from {tmp_path}/cql/y --runs-dir {tmp_path} --name table-iql"
     )
-    (folder / "config.json").write_text(json.dumps({
-        "method": "iql", "command": command, "versions": {}, "devices": [], "git_commit": "abc",
-    }))  # fmt: skip
-    (folder / "metrics.csv").write_text(
-        "phase,step,seed,setting,metric,value\nonline,5,0,,eval/return,1\nonline,5,1,,eval/return,2\n"
-        "online,5,0,,critic_loss,3\n"
-    )
-    monkeypatch.setattr(claims, "RECORDS", tmp_path / "results")
-    claims.keep(claim, "iql", folder)
-    text = claims.record_of(claim, "iql").read_text()
+    folder = finished(tmp_path / "iql" / "point-mass-wall" / "table-iql", command, [1.0, None], {5: [1, 2]})
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    records.keep(claim.comparison, claim.task, "iql", folder)
+    text = records.path_of(claim.comparison, claim.task, "iql").read_text()
     record = json.loads(text)
     assert (
         record["command"] == "python algos/iql.py --env x --init-from runs/cql/y"
         and str(tmp_path) not in text
     )
-    assert record["curves"] == {"online": {"return": {"5": [1.0, 2.0]}}}
-    np.testing.assert_array_equal(claims.scores(claim, ("iql", "online")), [1.0, np.nan])
-    assert claims.scores(claim, ("ooo_iql", "retrained")) is None
-    assert f"| {claim.place} | {claim.says} | {claim.task}" in claims.page(claims.CLAIMS)
+    assert record["curves"]["online"]["return"] == {"5": [1.0, 2.0]}
+    np.testing.assert_array_equal(pages.scores(claim, ("iql", "online")), [1.0, np.nan])
+    assert pages.scores(claim, ("ooo_iql", "retrained")) is None
+    assert f"| {claim.place} | {claim.says} | {claim.task}" in pages.claims_page(claims.CLAIMS)
+    assert pages.regret(record) == "-"  # a single evaluation has no area
 
 
-def test_the_page_is_that_of_the_records():
-    assert claims.PAGE.read_text() == claims.page(claims.CLAIMS)
+def test_the_page_of_runs_has_scores_regret_and_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    key, curve = ("ooo", "point-mass-wall", "iql"), {10: [0, 1], 30: [1, 1]}
+    records.keep(*key, finished(tmp_path / "a" / "b" / "c", "algos/iql.py --env x", [0.5, 1.0], curve))
+    assert pages.regret(records.read(*key)) == "0.25 [0.00, 0.50]"
+    text = pages.runs_page()
+    assert "## OOO: point-mass-wall" in text and "    python algos/iql.py --env x\n" in text
+    assert (
+        "| [IQL](ooo-point-mass-wall-iql.json) | 2 | - | 0.75 [0.50, 1.00] | - | 0.25 [0.00, 0.50] | cpu:0 |"
+        in text
+    )
+
+
+def test_the_pages_are_those_of_the_records():
+    assert pages.CLAIMS_PAGE.read_text() == pages.claims_page(claims.CLAIMS)
+    assert pages.RUNS_PAGE.read_text() == pages.runs_page()
+    assert pages.FIGURE.exists() and len(pages.panels()) > 5

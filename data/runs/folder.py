@@ -162,7 +162,7 @@ def create(path: pathlib.Path, method: str, args: Any, card: dict, command: str,
                 "command": command,
                 "git_commit": _git_commit(),
                 "versions": versions(),
-                "devices": [str(d) for d in jax.devices()],
+                "devices": [f"{d}, {d.device_kind}" for d in jax.devices()],
             })  # fmt: skip
             if path.exists():
                 raise _collision(path)

@@ -1,4 +1,4 @@
-"""What four papers claim, and what came out here: runs what is missing, and writes docs/results.md.
+"""What four papers claim, and what came out here: runs what is missing, and writes the pages of results.
 
     python tests/reproduction/claims.py                          # all that has a budget, most worth first
     python tests/reproduction/claims.py --only ooo-table1-kitchen
@@ -6,49 +6,19 @@
 
 A claim says that one policy ends better than another, on a task. Its two runs are those of comparisons.py. What
 is finished is not run again, and what was interrupted is resumed. Of each finished run a small record stays in
-docs/results/: command, versions, hardware, what every seed reached in every phase, and the evaluations on the
-way. The page is made from the records alone.
-
-The verdict comes from the chance that a seed of the one policy beats a seed of the other (Agarwal et al. 2021).
-If the 95 % stratified-bootstrap interval of this chance is above one half, the claim is confirmed; below, it is
-contradicted; else it is not confirmed. With three seeds this asks that nearly all pairs agree.
+docs/results/ (records.py). The pages and their figure are made from the records alone (pages.py).
 """
 
-import csv
-import json
 import pathlib
 import sys
 from dataclasses import dataclass
 
-import numpy as np
+import pages
+import records
 import tables
 import tyro
-from comparisons import BUDGETS
-
-from ooo_rl.data.figures import aggregates
-
-DOCS = tables.REPO / "docs"
-RECORDS = DOCS / "results"
-PAGE = DOCS / "results.md"
-MEASURES = "normalized_score", "solved", "success", "return", "length", "q_bias"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`says`, in a paper's `place`, that the policy `better` ends above `worse`; both are (run, phase)."""
-
-    name: str
-    place: str
-    says: str
-    comparison: str
-    task: str
-    better: tuple[str, str]
-    worse: tuple[str, str]
-    measure: str = "return"
-
-    @property
-    def runs(self) -> tuple[str, str]:
-        return self.better[0], self.worse[0]
+from comparisons import BUDGETS, sources
+from pages import Claim
 
 
 def on_all(name: str, tasks: dict[str, str], *rest) -> list[Claim]:
@@ -83,6 +53,9 @@ CLAIMS = [  # most worth per hour first
         "jsrl": "GDE ends above JSRL", "pex": "GDE ends above PEX",
     }.items() for claim in on_all(
         f"gde-{run}", BODIES, "GDE, Table 2", says, "gde", ("gde", "online"), (run, "online"))],
+    *on_all("gde-pre", BODIES,
+            "GDE, Table 2", "GDE is better after fine-tuning than before",
+            "gde", ("gde", "online"), ("pre", "offline")),
     *on_all("gde-qdagger", {CHEETAH: SCORE},
             "GDE, Table 2", "GDE ends above QDagger", "gde", ("gde", "online"), ("qdagger", "online")),
     *on_all("gde-re-iql", {CHEETAH: SCORE},
@@ -164,144 +137,24 @@ class Args:
     """folder for what the runs print"""
 
 
-def record_of(claim: Claim, run: str) -> pathlib.Path:
-    return RECORDS / f"{claim.comparison}-{claim.task}-{run}.json"
-
-
-def keep(claim: Claim, run: str, folder: pathlib.Path) -> None:
-    """Writes the record of a finished run: what a reader needs to judge it, and no more."""
-    result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
-    curves: dict = {}
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            metric = row["metric"].removeprefix("eval/")
-            if row["metric"].startswith("eval/") and metric in MEASURES:
-                by_step = curves.setdefault(row["phase"], {}).setdefault(metric, {})
-                by_step.setdefault(row["step"], []).append(float(row["value"]))
-    record = {
-        "command": f"python algos/{config['method']}.py {' '.join(what(config['command'].split()[1:], folder))}",
-        "dataset": result["dataset"], "seeds": result["seeds"], "failed": result["failed"],
-        "versions": config["versions"], "devices": config["devices"], "git_commit": config["git_commit"],
-        "phases": result["phases"], "curves": curves,
-    }  # fmt: skip
-    RECORDS.mkdir(exist_ok=True)
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in record.items())
-    record_of(claim, run).write_text(f"{{\n{lines}\n}}\n")
-
-
-def rounded(value):
-    """`value` with six significant digits in each of its numbers."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def what(words: list[str], folder: pathlib.Path) -> list[str]:
-    """The words of a command that say what is run; not those that say where, on one machine."""
-    runs_dir, where = str(folder.parents[2]), {"--runs-dir", "--name"}
-    words = [w for before, w in zip(["", *words], words) if not {before, w} & where]
-    return [w.replace(runs_dir, "runs", 1) if w.startswith(runs_dir) else w for w in words]
-
-
-def scores(claim: Claim, policy: tuple[str, str]) -> np.ndarray | None:
-    """What each seed of `policy` (run, phase) reached [seeds], NaN where it failed; None without a record."""
-    path = record_of(claim, policy[0])
-    if not path.exists():
-        return None
-    values = json.loads(path.read_text())["phases"][policy[1]][claim.measure]
-    return np.array([np.nan if v is None else v for v in values], float)
-
-
-def verdict(better: np.ndarray, worse: np.ndarray) -> tuple[str, str]:
-    """(The verdict, the chance that a seed of `better` beats one of `worse` with its interval.)"""
-    chance = aggregates.probability_of_improvement(better, worse)
-    low, high = aggregates.improvement_interval(better, worse)
-    said = "confirmed" if low > 0.5 else "contradicted" if high < 0.5 else "not confirmed"
-    return said, f"{chance:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def line(claim: Claim) -> str:
-    """The row of a tested claim."""
-    found = [scores(claim, policy) for policy in (claim.better, claim.worse)]
-    said, chance = verdict(*found)
-    cells = [claim.place, claim.says, f"{claim.task}, {claim.measure}", *map(tables.cell, map(list, found))]
-    return f"| {' | '.join([*cells, chance, said])} |"
-
-
-def page(claims: list[Claim]) -> str:
-    """docs/results.md."""
-    tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
-    rows = "\n".join(map(line, tested))
-    missing: dict[tuple[str, str], list[str]] = {}
-    for claim in claims:
-        if claim not in tested:
-            missing.setdefault((claim.place, claim.says), []).append(claim.task)
-    left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
-    return f"""# What the papers claim, and what came out here
-
-This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
-Budgets and networks are a small share of the papers', except for tasks whose name ends in `-full`:
-these have the paper's own. Each record has its command and its hardware. A and B are the two
-policies that a claim compares, in this order: IQM over seeds, with the 95 % stratified-bootstrap
-interval. The chance is that of a seed of A to beat one of B. A claim is confirmed, at this budget,
-if the interval of the chance lies above one half, and contradicted, at this budget, if it lies
-below. With three seeds this asks that nearly all pairs agree, and says nothing about how large the
-difference is.
-
-| paper | claim | task, measure | A | B | chance | verdict |
-|---|---|---|---|---|---|---|
-{rows}
-
-Not tested yet, since a run is missing (`python tests/reproduction/claims.py` makes it):
-
-| paper | claim | tasks |
-|---|---|---|
-{left}
-
-Each run has a record there, named after comparison, task and run. `seeds.csv`, beside them, has
-what each seed reached.
-"""
-
-
-def seeds_csv(claims: list[Claim]) -> None:
-    """Writes what each seed of each recorded run reached: one row per run, phase, measure and seed."""
-    with (RECORDS / "seeds.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["comparison", "task", "run", "phase", "measure", "seed", "value"])
-        done = {(c.comparison, c.task, run): record_of(c, run) for c in claims for run in c.runs}
-        for key, path in sorted(done.items()):
-            if path.exists():
-                record = json.loads(path.read_text())
-                for phase, found in record["phases"].items():
-                    for measure, values in found.items():
-                        writer.writerows(
-                            [*key, phase, measure, s, v] for s, v in zip(record["seeds"], values)
-                        )
-
-
 def main() -> None:
     args = tyro.cli(Args)
     if unknown := [name for name in args.only if not any(c.name.startswith(name) for c in CLAIMS)]:
         raise SystemExit(f"error: --only {unknown[0]} is not one of {', '.join(c.name for c in CLAIMS)}")
     chosen = [c for c in CLAIMS if not args.only or c.name.startswith(args.only)]
     for claim in () if args.only_page else chosen:
-        if (claim.comparison, claim.task) not in BUDGETS:
+        key = claim.comparison, claim.task
+        if key not in BUDGETS:
             sys.exit(f"error: {claim.name}: comparisons.py has no budget for {claim.task}")
-        where = tables.Args(
-            claim.comparison, claim.task, seeds=args.seeds, runs_dir=args.runs_dir, out=args.logs
-        )
+        where = tables.Args(*key, seeds=args.seeds, runs_dir=args.runs_dir, out=args.logs)
         for run in dict.fromkeys(claim.runs):
-            if not record_of(claim, run).exists():
+            if not records.path_of(*key, run).exists():
                 tables.carry_out(where, run)
-                folder = tables.folder_of(where, run)
-                if (folder / "result.json").exists():
-                    keep(claim, run, folder)
-    RECORDS.mkdir(exist_ok=True)
-    seeds_csv(CLAIMS)
-    PAGE.write_text(page(CLAIMS))
-    print(PAGE.relative_to(tables.REPO))
+                for made in (*sources(claim.comparison, run), run):
+                    folder = tables.folder_of(where, made)
+                    if (folder / "result.json").exists():
+                        records.keep(*key, made, folder)
+    pages.write(CLAIMS)
 
 
 if __name__ == "__main__":
