@@ -33,6 +33,7 @@ WALL, MAZE, MAZE_FULL = "point-mass-wall", "maze2d-large-missing-data", "maze2d-
 KITCHEN, MIXED = "kitchen-complete", "kitchen-mixed"
 CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
+RANDOM, MEDIUM_EXPERT = "halfcheetah-random", "halfcheetah-medium-expert"
 CLAIMS = [  # most worth per hour first
     *on_all("ooo-iql", {WALL: "return", MAZE: "return", KITCHEN: "solved"},
             "OOO, Tables 1 and 2", "OOO(IQL) ends above IQL", "ooo", ("ooo_iql", "retrained"), ("iql", "online")),
@@ -102,12 +103,22 @@ CLAIMS = [  # most worth per hour first
     }.items() for claim in on_all(
         f"off2onrl-{run}", BODIES, f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
+    *on_all("off2onrl-more-pre", {RANDOM: SCORE, MEDIUM_EXPERT: SCORE},
+            "Off2OnRL, Figure 3", "Off2OnRL is better after fine-tuning than before",
+            "off2onrl", ("off2onrl", "online"), ("pre", "offline")),
+    *on_all("off2onrl-online-only", {CHEETAH: SCORE},
+            "Off2OnRL, Figure 4c", "balanced replay ends above online rows only",
+            "off2onrl", ("off2onrl", "online"), ("online_only", "online")),
     *on_all("off2onrl-target", {CHEETAH: SCORE},
             "Off2OnRL, paper against code", "a target for each member ends above one for their mean",
             "off2onrl", ("off2onrl", "online"), ("mean_target", "online")),
     *on_all("cal-ql-floor", {KITCHEN: "solved"},
             "OOO, Figure 7", "Cal-QL with a floor for uniform actions ends above Cal-QL without it",
             "ooo", ("cal_ql", "online"), ("no_uniform_floor", "online")),
+    *[claim for method, name in {"iql": "IQL", "sac": "SAC"}.items() for n in (8, 32, 128) for claim in on_all(
+        f"num-envs-{method}-{n}", {CHEETAH: SCORE},
+        "ours", f"{name} with one environment ends above {name} with {n}",
+        "num_envs", (f"{method}_1", "online"), (f"{method}_{n}", "online"))],
     # the paper's own budget, which asks for a GPU
     *on_all("full-iql-fine-tunes", {MAZE_FULL: "return"},
             "OOO, Table 2", "IQL is better after fine-tuning than before", "ooo",

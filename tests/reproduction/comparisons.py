@@ -102,6 +102,8 @@ OFF2ONRL = {
     "off2onrl": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre", {"online": "Off2OnRL"}),
     "uniform": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --replay uniform", {
         "online": "Off2OnRL, uniform replay"}),
+    "online_only": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --replay online", {
+        "online": "Off2OnRL, online rows only"}),
     "mean_target": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --target mean", {
         "online": "Off2OnRL, one target for the mean"}),
     "pre_1": Run("off2onrl", "NETS CRITICS CQL DATA OFFLINE --online-steps 0 --num-members 1", {
@@ -112,7 +114,17 @@ OFF2ONRL = {
         "online": "SAC-ft"}),
     "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
 }  # fmt: skip
-COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL}
+
+# Not a paper's question: does it cost anything that many environments act side by side? Steps of the environment
+# and updates are alike.
+NUM_ENVS = {
+    "pre": Run("iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {"offline": "IQL, offline"}),
+    **{f"iql_{n}": Run("iql", f"NETS DATA ONLINE AFTER_pre --num-envs {n}", {"online": f"IQL, {n} environments"})
+       for n in (1, 8, 32, 128)},
+    **{f"sac_{n}": Run("sac", f"NETS CRITICS --dataset none ONLINE --num-envs {n}", {
+        "online": f"SAC from scratch, {n} environments"}) for n in (1, 8, 32, 128)},
+}  # fmt: skip
+COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL, "num_envs": NUM_ENVS}
 
 LOCOMOTION = {
     "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 10 --checkpoint-every 5000",
@@ -161,16 +173,22 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "CQL": "--hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 12000 --online-steps 19200 "
                "--utd-ratio 0.25",
     } for task in ("complete", "mixed")},
-    **{(comparison, f"{body}-medium"): {
-        **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/medium-v0", **more,
-    } for body in ("halfcheetah", "hopper", "walker2d") for comparison, more in {
-        "gde": {"AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
-                "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5"},
-        "o3f": {"CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
-                "MANY": "--online-steps 2500 --checkpoint-every 500"},
-        "off2onrl": {"ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
-                     "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000"},
-    }.items()},
+    **{(comparison, f"{body}-{data}"): {
+        **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/{data}-v0", **more,
+    } for body in ("halfcheetah", "hopper", "walker2d") for comparison, datasets, more in [
+        ("gde", ("medium",), {
+            "AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
+            "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5"}),
+        ("o3f", ("medium",), {
+            "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
+            "MANY": "--online-steps 2500 --checkpoint-every 500"}),
+        ("off2onrl", ("random", "medium", "medium-expert"), {
+            "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
+            "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000"}),
+        ("num_envs", ("medium",), {  # multiples of 128 environments
+            "ALL": "--eval-every 10240 --eval-episodes 10", "OFFLINE": "--offline-steps 51200",
+            "ONLINE": "--online-steps 51200"}),
+    ] for data in datasets},
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ CLAIMS_PAGE = records.FOLDER.with_suffix(".md")
 RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
-PAPERS = {"ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL"}
+PAPERS = {"ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "num_envs": "num_envs"}
 PHASES = "offline", "online", "retrained"
 
 
