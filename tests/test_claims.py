@@ -17,7 +17,8 @@ import records  # noqa: E402
 import tables  # noqa: E402
 from comparisons import BUDGETS, COMPARISONS, sources, words_of  # noqa: E402
 
-from ooo_rl.data.runs import settings  # noqa: E402
+from ooo_rl.data.runs import settings, worlds  # noqa: E402
+from ooo_rl.data.runs.plan import cut  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,8 @@ def test_each_run_is_a_command_that_its_script_takes(comparison, task):
         if task.startswith("kitchen") and any(word.isupper() for word in words):
             continue  # the kitchen has a budget for IQL's family only
         method = importlib.import_module(f"ooo_rl.algos.{pathlib.Path(script).stem}")
-        assert settings.parse(method.Args, words).name == tables.name_of(args, run)
+        found = worlds.chosen(settings.resolved(settings.parse(method.Args, words)), method.make_plan)
+        assert found.name == tables.name_of(args, run) and cut(found, method.make_plan(found))
         assert set(sources(comparison, run)) <= COMPARISONS[comparison].keys()
 
 
