@@ -62,7 +62,8 @@ def test_each_run_is_a_command_that_its_script_takes(comparison, task):
     for run in COMPARISONS[comparison]:
         script, *words = tables.command(args, run)
         if task.startswith("kitchen") and any(word.isupper() for word in words):
-            continue  # the kitchen has a budget for IQL's family only
+            assert run not in ("iql", "ooo_iql", "pex", "cql", "cal_ql", "no_uniform_floor")
+            continue  # the kitchen has budgets for IQL's family and Cal-QL's alone
         method = importlib.import_module(f"ooo_rl.algos.{pathlib.Path(script).stem}")
         found = worlds.chosen(settings.resolved(settings.parse(method.Args, words)), method.make_plan)
         assert found.name == tables.name_of(args, run) and cut(found, method.make_plan(found))
@@ -92,8 +93,10 @@ def finished(folder: pathlib.Path, command: str, values: list, curve: dict[int, 
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({
         "dataset": "ooo/x-v0", "seeds": list(range(len(values))), "failed": {},
-        "phases": {"online": {"return": values, "success": values}},
+        "phases": {"online": {"return": values, "success": values}}, "wall_seconds": 7,
     }))  # fmt: skip
+    card = {"id": "ooo/x-v0", "transitions": 1234, "sha256": "ab", "source": f"{folder}/x.hdf5"}
+    (folder / "dataset.json").write_text(json.dumps(card))
     (folder / "config.json").write_text(json.dumps({
         "method": "iql", "command": command, "versions": {}, "devices": ["cpu:0"], "git_commit": "abc",
     }))  # fmt: skip
@@ -113,16 +116,19 @@ def test_a_record_keeps_what_a_reader_needs_and_no_place_of_this_machine(tmp_pat
     command = (
         f"{tmp_path}/algos/iql.py --env x --init-from {tmp_path}/cql/y --runs-dir {tmp_path} --name table-iql"
     )
-    folder = finished(tmp_path / "iql" / "point-mass-wall" / "table-iql", command, [1.0, None], {5: [1, 2]})
+    folder = finished(
+        tmp_path / "iql" / "point-mass-wall" / "table-iql", command, [1.0, None], {5: [1, "nan"]}
+    )
     monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
     records.keep(claim.comparison, claim.task, "iql", folder)
     text = records.path_of(claim.comparison, claim.task, "iql").read_text()
     record = json.loads(text)
     assert (
-        record["command"] == "python algos/iql.py --env x --init-from runs/cql/y"
+        record["command"] == "python algos/iql.py --env x --init-from runs/cql/y --name table-iql"
         and str(tmp_path) not in text
     )
-    assert record["curves"]["online"]["return"] == {"5": [1.0, 2.0]}
+    assert record["curves"]["online"]["return"] == {"5": [1.0, None]} and "NaN" not in text
+    assert record["dataset"] == {"id": "ooo/x-v0", "transitions": 1234, "sha256": "ab"}
     np.testing.assert_array_equal(pages.scores(claim, ("iql", "online")), [1.0, np.nan])
     assert pages.scores(claim, ("ooo_iql", "retrained")) is None
     assert f"| {claim.place} | {claim.says} | {claim.task}" in pages.claims_page(claims.CLAIMS)
@@ -136,13 +142,67 @@ def test_the_page_of_runs_has_scores_regret_and_commands(tmp_path, monkeypatch):
     assert pages.regret(records.read(*key)) == "0.25 [0.00, 0.50]"
     text = pages.runs_page()
     assert "## OOO: point-mass-wall" in text and "    python algos/iql.py --env x\n" in text
+    assert "`ooo/x-v0`, 1,234 rows" in text
     assert (
         "| [IQL](ooo-point-mass-wall-iql.json) | 2 | - | 0.75 [0.50, 1.00] | - | 0.25 [0.00, 0.50] | cpu:0 |"
         in text
     )
 
 
+def test_a_run_that_failed_leaves_gaps_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    claim = next(c for c in claims.CLAIMS if c.measure == "q_bias")
+    key, curve = (claim.comparison, claim.task, "cql"), {10: [0, "nan"], 30: [1, "nan"]}
+    records.keep(*key, finished(tmp_path / "a" / "b" / "c", "algos/cql.py", [1.0, None], curve))
+    record = records.read(*key) | {"failed": {"1": "diverged"}}
+    assert "| 1 of 2 | - | 1.00 | - | 0.50 |" in pages.row(*key, record)
+    assert pages.scores(claim, ("cql", "online")) is None  # the run did not measure the bias of Q
+
+
+def test_records_of_sources_are_kept_once_and_failures_are_told(tmp_path, monkeypatch):
+    """`re_iql` starts from `pre`, which has a record; `on_iql` leaves no result."""
+    tried, command = [], "algos/iql.py --env hopper"
+
+    def carry_out(where, run):
+        tried.append(run)
+        for made in (*sources("gde", run), run):
+            if made != "on_iql" and not (folder := tables.folder_of(where, made)).exists():
+                finished(folder, command, [1.0, 2.0, 3.0], {5: [1, 2, 3]})
+
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(pages, "write", lambda _: None)
+    monkeypatch.setattr(claims.tables, "carry_out", carry_out)
+    monkeypatch.setattr(
+        sys, "argv", ["claims.py", "--only", "gde-on-iql", "gde-re-iql", "--runs-dir", str(tmp_path / "runs")]
+    )
+    old = records.path_of("gde", "hopper-medium", "pre")
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    with pytest.raises(SystemExit, match=r"no result from .*gde-hopper-medium-on_iql"):
+        claims.main()
+    assert old.read_text() == "{}" and sorted(tried) == ["on_iql", "on_iql", "re_iql", "re_iql"]
+    assert records.read("gde", "hopper-medium", "re_iql")["phases"]["online"]["return"] == [1, 2, 3]
+    assert records.read("gde", "halfcheetah-medium", "pre") and not records.read(
+        "gde", claims.CHEETAH, "on_iql"
+    )
+
+
+def test_what_takes_days_is_made_only_by_name(monkeypatch):
+    tried = set()
+    monkeypatch.setattr(pages, "write", lambda _: None)
+    monkeypatch.setattr(claims.tables, "carry_out", lambda where, run: tried.add(where.task))
+    monkeypatch.setattr(sys, "argv", ["claims.py"])
+    with pytest.raises(SystemExit, match="no result"):
+        claims.main()
+    assert "hopper-medium" in tried and not any(task.endswith("-full") for task in tried)
+    named = [
+        w for line in claims.__doc__.splitlines() if "--only " in line for w in [line.split("--only ")[1]]
+    ]
+    assert all(any(c.name.startswith(name) for c in claims.CLAIMS) for name in named) and named
+
+
 def test_the_pages_are_those_of_the_records():
     assert pages.CLAIMS_PAGE.read_text() == pages.claims_page(claims.CLAIMS)
     assert pages.RUNS_PAGE.read_text() == pages.runs_page()
-    assert pages.FIGURE.exists() and len(pages.panels()) > 5
+    assert pages.SEEDS.read_text() == pages.seeds_csv()
+    assert pages.FIGURE.exists() and pages.panels()

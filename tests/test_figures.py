@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ooo_rl.data.figures import aggregates, curves, maps, scores, style
+from ooo_rl.data.figures import aggregates, curves, intervals, maps, style
 from ooo_rl.data.runs import report
 from ooo_rl.data.runs.session import Session
 from ooo_rl.data.runs.sweep import RunLabel
@@ -156,25 +156,29 @@ def test_framework_is_drawn_with_and_without_maps(tmp_path, drawn):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_scores_are_drawn_best_first(tmp_path, drawn, count):
-    seeds = {"low": [1, 2, 3], "failed": [np.nan] * 3, "high": [7, np.nan, 9], "offline": [4, 4, 4]}
-    shown = [scores.Scores(f"task {i}", "return", seeds, ["offline"]) for i in range(count)]
-    scores.score_intervals(shown, tmp_path / "scores.png")
+    long = "a name that is as long as the longest of our results"
+    policies = {"low": [1, 2, 3], "failed": [np.nan] * 3, "high": [7, np.nan, 9], long: [4, 4, 4]}
+    shown = [intervals.ScorePanel(f"task {i}", "return", policies, [long]) for i in range(count)]
+    intervals.score_intervals(shown, tmp_path / "scores.png")
     assert np.mean(imread(tmp_path / "scores.png")[..., :3].min(axis=-1) < 0.95) > 0.005
     assert len(drawn[0].axes) == count
     for ax in drawn[0].axes:
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["failed", "low", "offline", "high"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["failed", "low", long, "high"]
         (hollow,) = (line for line in ax.lines if line.get_markerfacecolor() == "white")
-        assert (hollow.get_xdata()[0], hollow.get_ydata()[0]) == (4, 2)
+        np.testing.assert_array_equal(hollow.get_xydata(), [(4, 2)] * 3)
         bars = [bar.get_segments()[0] for bar in ax.collections]
         np.testing.assert_allclose(bars[3], [(7, 3), (9, 3)])  # two seeds: from the one to the other
+    drawn[0].draw_without_rendering()
     boxes = [ax.get_tightbbox() for ax in drawn[0].axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    frame = drawn[0].bbox
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
 
 
-@pytest.mark.parametrize("panels", [[], [scores.Scores("task", "return", {})]])
+@pytest.mark.parametrize("panels", [[], [intervals.ScorePanel("task", "return", {})]])
 def test_no_scores_are_an_error(tmp_path, panels):
     with pytest.raises(ValueError, match="one or more"):
-        scores.score_intervals(panels, tmp_path / "scores.png")
+        intervals.score_intervals(panels, tmp_path / "scores.png")
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path):

@@ -162,7 +162,7 @@ def create(path: pathlib.Path, method: str, args: Any, card: dict, command: str,
                 "command": command,
                 "git_commit": _git_commit(),
                 "versions": versions(),
-                "devices": [f"{d}, {d.device_kind}" for d in jax.devices()],
+                "devices": [_named(device) for device in jax.devices()],
             })  # fmt: skip
             if path.exists():
                 raise _collision(path)
@@ -235,11 +235,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
+def _named(device: jax.Device) -> str:
+    """Its place, and what it is if that says more: "cuda:0 (NVIDIA H100 80GB HBM3)"."""
+    return str(device) if device.device_kind == device.platform else f"{device} ({device.device_kind})"
+
+
 def _git_commit() -> str:
-    """The commit of the code, if it is a checkout and there is a git program."""
+    """The commit of the code, with "-dirty" if files differ from it; needs a checkout and a git program."""
     here = pathlib.Path(__file__).parent
     try:
-        command = ["git", "rev-parse", "HEAD"]
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         asked = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"

@@ -35,8 +35,7 @@ OOO = {
     "td3": Run("td3", "TD3 --intrinsic rnd TD3_RETRAIN", {"online": "TD3 + RND", "retrained": "TD3, retrained"}),
     # Cal-QL without what OOO changed in it
     "no_uniform_floor": Run("cal_ql", "CQL --no-calibrate-random", {
-        "offline": "Cal-QL, no floor for uniform actions, offline",
-        "online": "Cal-QL, no floor for uniform actions (Fig. 7)"}),
+        "offline": "Cal-QL as published, offline", "online": "Cal-QL as published (Fig. 7)"}),
     # ablations of OOO(IQL)
     "frozen_bonus": Run("ooo_iql", "IQL IQL_RETRAIN --frozen-bonus", {
         "retrained": "OOO(IQL), bonus kept (Fig. 3)"}),
@@ -119,10 +118,10 @@ OFF2ONRL = {
 # and updates are alike.
 NUM_ENVS = {
     "pre": Run("iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {"offline": "IQL, offline"}),
-    **{f"iql_{n}": Run("iql", f"NETS DATA ONLINE AFTER_pre --num-envs {n}", {"online": f"IQL, {n} environments"})
+    **{f"iql_{n}": Run("iql", f"NETS DATA ONLINE AFTER_pre --num-envs {n}", {"online": f"IQL, {n} side by side"})
        for n in (1, 8, 32, 128)},
     **{f"sac_{n}": Run("sac", f"NETS CRITICS --dataset none ONLINE --num-envs {n}", {
-        "online": f"SAC from scratch, {n} environments"}) for n in (1, 8, 32, 128)},
+        "online": f"SAC from scratch, {n} side by side"}) for n in (1, 8, 32, 128)},
 }  # fmt: skip
 COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL, "num_envs": NUM_ENVS}
 

@@ -6,6 +6,7 @@ below, it is contradicted; else it is not confirmed. With three seeds this asks 
 """
 
 import csv
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +15,19 @@ import tables
 from comparisons import BUDGETS, COMPARISONS
 
 from ooo_rl.data.figures import aggregates
-from ooo_rl.data.figures.scores import Scores, score_intervals
+from ooo_rl.data.figures.intervals import ScorePanel, score_intervals
 
 CLAIMS_PAGE = records.FOLDER.with_suffix(".md")
 RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
-PAPERS = {"ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "num_envs": "num_envs"}
+PAPERS = {
+    "ooo": "OOO",
+    "gde": "GDE",
+    "o3f": "O3F",
+    "off2onrl": "Off2OnRL",
+    "num_envs": "Number of environments",
+}
 PHASES = "offline", "online", "retrained"
 
 
@@ -60,37 +67,58 @@ def line(claim: Claim) -> str:
     """The row of a tested claim."""
     found = [scores(claim, policy) for policy in (claim.better, claim.worse)]
     said, chance = verdict(*found)
-    cells = [claim.place, claim.says, f"{claim.task}, {claim.measure}", *map(tables.cell, map(list, found))]
+    task = f"{claim.task}, {claim.measure.replace('normalized_', '')}"
+    cells = [claim.place, claim.says, task, *map(tables.cell, map(list, found))]
     return f"| {' | '.join([*cells, chance, said])} |"
 
 
 def claims_page(claims: list[Claim]) -> str:
     """docs/results.md."""
     tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
-    rows = "\n".join(map(line, tested))
+    theirs, ours = (
+        "\n".join(line(c) for c in tested if (c.comparison == "num_envs") == mine) for mine in (False, True)
+    )
     missing: dict[tuple[str, str], list[str]] = {}
     for claim in claims:
         if claim not in tested:
             missing.setdefault((claim.place, claim.says), []).append(claim.task)
     left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
+    head = "| paper | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
 Budgets and networks are a small share of the papers', except for tasks whose name ends in `-full`:
-these have the paper's own. [All runs](results/runs.md) has each run's scores, regret, hardware and
-command. A and B are the two policies that a claim compares, in this order: IQM over seeds, with the
-95 % stratified-bootstrap interval. The chance is that of a seed of A to beat one of B. A claim is
-confirmed, at this budget, if the interval of the chance lies above one half, and contradicted, at
-this budget, if it lies below. With three seeds this asks that nearly all pairs agree, and says
-nothing about how large the difference is.
+these have the paper's own. [All runs](results/runs.md) are on one page, with regret and commands.
+
+A and B are the two policies that a claim compares, in this order: IQM over seeds, with the 95 %
+stratified-bootstrap interval. The chance is that of a seed of A to beat one of B; that some seeds
+of A began as seeds of B is not used. A claim is confirmed, at this budget, if the interval of the
+chance lies above one half, and contradicted, at this budget, if it lies below. With three seeds
+this asks that nearly all pairs agree, and says nothing about how large the difference is.
+
+{head}
+{theirs}
+
+## All scores
+
+The best policy of each task is at the top. Tasks have axes of their own. The score is the
+normalised one, and the return where a task has none; so a measure may differ from that of a claim.
 
 ![Scores of all runs, task by task](figures/results.png)
 
-| paper | claim | task, measure | A | B | chance | verdict |
-|---|---|---|---|---|---|---|
-{rows}
+## Does it cost anything that many environments act side by side?
 
-Not tested yet, since a run is missing (`python tests/reproduction/claims.py` makes it):
+`--num-envs` is our main lever on speed. Steps of the environment and updates are alike here. If one
+environment ended above many, the many would cost something. "Not confirmed" says that no such
+difference was seen with three seeds, and "contradicted" that many did better.
+
+{head.replace("paper", "", 1)}
+{ours}
+
+## Not tested yet
+
+A run is missing. `python tests/reproduction/claims.py` makes it; tasks that end in `-full` take
+days without a GPU and are made only by name, `--only full- --seeds 5`.
 
 | paper | claim | tasks |
 |---|---|---|
@@ -99,107 +127,121 @@ Not tested yet, since a run is missing (`python tests/reproduction/claims.py` ma
 
 
 def recorded() -> dict[tuple[str, str], dict[str, dict]]:
-    """(comparison, task) -> run -> its record, in the order of comparisons.py; without those that have none."""
+    """(comparison, task) -> run -> its record, paper by paper; without those that have none."""
     found = {
         key: {run: record for run in COMPARISONS[key[0]] if (record := records.read(*key, run))}
-        for key in BUDGETS
+        for key in sorted(BUDGETS, key=lambda key: list(PAPERS).index(key[0]))
     }
     return {key: runs for key, runs in found.items() if runs}
 
 
 def measure_of(record: dict) -> str:
     """How a run is scored: with the normalised score, or where the task has none, the return."""
-    measures = next(iter(record["phases"].values()))
-    return next(name for name in ("normalized_score", "return") if name in measures)
+    measured = {measure for found in record["phases"].values() for measure in found}
+    return "normalized_score" if "normalized_score" in measured else "return"
+
+
+def measure_name(record: dict) -> str:
+    return measure_of(record).replace("normalized_score", "normalised score")
 
 
 def regret(record: dict) -> str:
     """The regret of the online phase, IQM and interval: a normalised score of 100 is best, or success."""
     measure, best = ("normalized_score", 100) if measure_of(record) == "normalized_score" else ("success", 1)
     curve = record["curves"].get("online", {}).get(measure, {})
-    if len(curve) < 2 or len({*map(len, curve.values())}) > 1:
+    if len(curve) < 2:
         return "-"
-    return tables.cell(list(aggregates.regret([*map(int, curve)], np.transpose([*curve.values()]), best)))
+    points = np.array([*curve.values()], float).T  # [seeds, steps]; None becomes NaN
+    return tables.cell(list(aggregates.regret([*map(int, curve)], points, best)))
+
+
+def row(comparison: str, task: str, run: str, record: dict) -> str:
+    """The row of a run: scores at the end of its phases, regret, seeds, devices."""
+    names, measure = COMPARISONS[comparison][run].rows, measure_of(record)
+    found = {phase: records.values(record, phase, measure) for phase in PHASES if phase in names}
+    cells = [tables.cell(list(found[phase])) if found.get(phase) is not None else "-" for phase in PHASES]
+    name = [names[phase] for phase in PHASES if found.get(phase) is not None][-1]
+    link = f"[{name}]({records.path_of(comparison, task, run).name})"
+    seeds, failed = len(record["seeds"]), len(record["failed"])
+    count = f"{seeds - failed} of {seeds}" if failed else f"{seeds}"
+    return f"| {' | '.join([link, count, *cells, regret(record), '; '.join(record['devices'])])} |"
+
+
+def data_of(runs: dict[str, dict]) -> str:
+    """Which datasets the runs learnt from."""
+    found = {record["dataset"]["id"]: record["dataset"] for record in runs.values() if record["dataset"]}
+    said = (
+        f"`{name}`" + (f", {card['transitions']:,} rows" if "transitions" in card else "")
+        for name, card in found.items()
+    )
+    return "; ".join(said) or "none"
 
 
 def runs_page() -> str:
     """docs/results/runs.md."""
     parts = []
     for (comparison, task), runs in recorded().items():
-        rows, first = [], next(iter(runs.values()))
-        data = next((record["dataset"] for record in runs.values() if record["dataset"]), "none")
-        for run, record in runs.items():
-            measure, names = measure_of(record), COMPARISONS[comparison][run].rows
-            shown = names.keys() & record["phases"].keys()
-            cells = [
-                tables.cell(list(records.values(record, phase, measure))) if phase in shown else "-"
-                for phase in PHASES
-            ]
-            name = list(names.values())[-1]
-            link = f"[{name}]({records.path_of(comparison, task, run).name})"
-            seeds, device = len(record["seeds"]), ", ".join(record["devices"])
-            rows.append(f"| {link} | {seeds} | {' | '.join(cells)} | {regret(record)} | {device} |")
-        table, commands = "\n".join(rows), "\n".join(f"    {record['command']}" for record in runs.values())
+        rows = "\n".join(row(comparison, task, run, record) for run, record in runs.items())
+        commands = "\n".join(f"    {record['command']}" for record in runs.values())
         parts.append(f"""## {PAPERS[comparison]}: {task}
 
-Scores: {measure_of(first).replace("_", " ")}. Data: `{data}`.
+Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}.
 
 | run | seeds | offline | online | retrained | regret | devices |
 |---|--:|---|---|---|---|---|
-{table}
+{rows}
 
 {commands}
 """)
     return """# All recorded runs
 
 This page is written by `python tests/reproduction/claims.py`, from the records beside it. A run's
-name leads to its record: settings by its command, versions, hardware, what each seed reached, and
-the evaluations on the way. `seeds.csv` has what each seed reached, as one table.
+name leads to its record: the command, which has the settings; versions, devices and data; what each
+seed reached, and the evaluations on the way. `seeds.csv` has what each seed reached, as one table.
 
 Scores are those at the end of a phase: IQM over seeds, with the 95 % stratified-bootstrap interval.
 Regret is the part of the best score that the online phase missed, 1 - (average over time) / best,
 where the best is a normalised score of 100, or on tasks without one a success rate of 1. It counts
-from the phase's first evaluation on, and needs two. It is negative where scores pass 100.
+from the phase's first evaluation on, and needs two. It is negative where scores pass 100, and above
+1 where they are negative. For OOO it is the explorer's.
 
 """ + "\n".join(parts)
 
 
-def panels() -> list[Scores]:
+def panels() -> list[ScorePanel]:
     """The figure's panels: one per comparison and task with two policies or more."""
     found = []
     for (comparison, task), runs in recorded().items():
-        seeds, before = {}, []
+        policies, before = {}, []
         for run, record in runs.items():
             for phase, name in COMPARISONS[comparison][run].rows.items():
-                if phase in record["phases"]:
-                    seeds[name] = records.values(record, phase, measure_of(record))
+                if (reached := records.values(record, phase, measure_of(record))) is not None:
+                    policies[name] = reached
                     before += [name] if phase == "offline" else []
-        if len(seeds) > 1:
-            measure = measure_of(next(iter(runs.values()))).replace("_", " ")
-            found.append(Scores(f"{PAPERS[comparison]}: {task}", measure, seeds, before))
+        if len(policies) > 1:
+            measure = measure_name(next(iter(runs.values())))
+            found.append(ScorePanel(f"{PAPERS[comparison]}: {task}", measure, policies, before))
     return found
 
 
-def seeds_csv() -> None:
-    """Writes what each seed of each recorded run reached: one row per run, phase, measure and seed."""
-    with SEEDS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["comparison", "task", "run", "phase", "measure", "seed", "value"])
-        for key, runs in recorded().items():
-            for run, record in runs.items():
-                for phase, found in record["phases"].items():
-                    for measure, values in found.items():
-                        writer.writerows(
-                            [*key, run, phase, measure, *pair] for pair in zip(record["seeds"], values)
-                        )
+def seeds_csv() -> str:
+    """What each seed of each recorded run reached: one row per run, phase, measure and seed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["comparison", "task", "run", "phase", "measure", "seed", "value"])
+    for key, runs in recorded().items():
+        for run, record in runs.items():
+            for phase, found in record["phases"].items():
+                for measure, values in found.items():
+                    writer.writerows(
+                        [*key, run, phase, measure, *pair] for pair in zip(record["seeds"], values)
+                    )
+    return text.getvalue()
 
 
 def write(claims: list[Claim]) -> None:
     """Writes both pages, the figure and the table of seeds."""
     records.FOLDER.mkdir(exist_ok=True)
-    seeds_csv()
-    CLAIMS_PAGE.write_text(claims_page(claims))
-    RUNS_PAGE.write_text(runs_page())
+    for path, text in {SEEDS: seeds_csv(), CLAIMS_PAGE: claims_page(claims), RUNS_PAGE: runs_page()}.items():
+        path.write_text(text)
     score_intervals(panels(), FIGURE)
-    for path in (CLAIMS_PAGE, RUNS_PAGE, FIGURE):
-        print(path.relative_to(tables.REPO))

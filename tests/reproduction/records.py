@@ -5,6 +5,7 @@ It holds command, versions, hardware, what every seed reached in every phase, an
 
 import csv
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -24,9 +25,10 @@ def read(comparison: str, task: str, run: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def values(record: dict, phase: str, measure: str) -> np.ndarray:
-    """What each seed reached at the end of a phase [seeds], NaN where it failed."""
-    return np.array([np.nan if v is None else v for v in record["phases"][phase][measure]], float)
+def values(record: dict, phase: str, measure: str) -> np.ndarray | None:
+    """What each seed reached at the end of a phase [seeds], NaN where it failed; None if it was not measured."""
+    found = record["phases"].get(phase, {}).get(measure)
+    return None if found is None else np.array([np.nan if v is None else v for v in found], float)
 
 
 def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
@@ -38,11 +40,13 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
             metric = row["metric"].removeprefix("eval/")
             if row["metric"].startswith("eval/") and metric in MEASURES:
                 by_step = curves.setdefault(row["phase"], {}).setdefault(metric, {})
-                by_step.setdefault(row["step"], []).append(float(row["value"]))
+                value = float(row["value"])
+                by_step.setdefault(row["step"], []).append(value if math.isfinite(value) else None)
     record = {
         "command": f"python algos/{config['method']}.py {' '.join(_what(config['command'].split()[1:], folder))}",
-        "dataset": result["dataset"], "seeds": result["seeds"], "failed": result["failed"],
+        "dataset": _data(folder), "seeds": result["seeds"], "failed": result["failed"],
         "versions": config["versions"], "devices": config["devices"], "git_commit": config["git_commit"],
+        "wall_seconds": result["wall_seconds"],
         "phases": result["phases"], "curves": curves,
     }  # fmt: skip
     FOLDER.mkdir(exist_ok=True)
@@ -59,8 +63,16 @@ def _rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def _data(folder: pathlib.Path) -> dict:
+    """Which data a run learnt from; {} if from none."""
+    card = json.loads((folder / "dataset.json").read_text())
+    return (
+        {key: card[key] for key in ("id", "transitions", "sha256") if key in card} if "sha256" in card else {}
+    )
+
+
 def _what(words: list[str], folder: pathlib.Path) -> list[str]:
-    """The words of a command that say what is run; not those that say where, on one machine."""
-    runs_dir, where = str(folder.parents[2]), {"--runs-dir", "--name"}
-    words = [w for before, w in zip(["", *words], words) if not {before, w} & where]
+    """The words of a command without the folder of runs, which is a place on one machine."""
+    runs_dir = str(folder.parents[2])
+    words = [w for before, w in zip(["", *words], words) if "--runs-dir" not in (before, w)]
     return [w.replace(runs_dir, "runs", 1) if w.startswith(runs_dir) else w for w in words]

@@ -96,12 +96,12 @@ def carry_out(args: Args, run: str) -> None:
 
 
 def cell(values: list) -> str:
+    """IQM and 95 % interval; one seed has no interval."""
     found = aggregates.summarise(np.array([np.nan if v is None else v for v in values], float))
-    return (
-        f"{found['iqm']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-        if np.isfinite(found["iqm"])
-        else "diverged"
-    )
+    if not np.isfinite(found["iqm"]):
+        return "diverged"
+    interval = f" [{found['low']:.2f}, {found['high']:.2f}]" if np.isfinite(found["low"]) else ""
+    return f"{found['iqm']:.2f}{interval}"
 
 
 def ways(crossings: list[dict] | None) -> str:
