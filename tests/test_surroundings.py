@@ -101,6 +101,25 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     assert json.loads((session.path / "config.json").read_text())["git_commit"] == "unknown"
 
 
+def test_the_config_says_which_code_and_what_hardware(tmp_path, monkeypatch):
+    (tmp_path / "code.py").write_text("x = 0\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(folders, "__file__", str(tmp_path / "code.py"))
+    commit = folders._git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "code.py").write_text("x = 1\n")
+    assert folders._git_commit() == f"{commit}-dirty"
+
+    class Device(SimpleNamespace):
+        __str__ = lambda self: self.place  # noqa: E731
+
+    gpu = Device(place="cuda:0", platform="gpu", device_kind="NVIDIA H100")
+    cpu = Device(place="cpu:0", platform="cpu", device_kind="cpu")
+    assert [folders._named(device) for device in (gpu, cpu)] == ["cuda:0 (NVIDIA H100)", "cpu:0"]
+
+
 # --- what a run depends on ---
 
 
