@@ -244,15 +244,7 @@ def _git_commit() -> str:
     """The commit of the code, with "-dirty" if files differ from it; needs a checkout and a git program."""
     here = pathlib.Path(__file__).parent
     try:
-        command = [
-            "git",
-            "--no-optional-locks",
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
+        command = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
         asked = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"

@@ -1,6 +1,6 @@
 """What four papers claim, and what came out here: runs what is missing, and writes the pages of results.
 
-    python tests/reproduction/claims.py                          # all that has a budget, most worth first
+    python tests/reproduction/claims.py                          # all but tasks that end in -full, most worth first
     python tests/reproduction/claims.py --only ooo-iql-kitchen
     python tests/reproduction/claims.py --only-page              # runs nothing
 

@@ -118,10 +118,10 @@ OFF2ONRL = {
 # and updates are alike.
 NUM_ENVS = {
     "pre": Run("iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {"offline": "IQL, offline"}),
-    **{f"iql_{n}": Run("iql", f"NETS DATA ONLINE AFTER_pre --num-envs {n}", {"online": f"IQL, {n} side by side"})
+    **{f"iql_{n}": Run("iql", f"NETS DATA ONLINE AFTER_pre --num-envs {n}", {"online": f"IQL, num_envs {n}"})
        for n in (1, 8, 32, 128)},
     **{f"sac_{n}": Run("sac", f"NETS CRITICS --dataset none ONLINE --num-envs {n}", {
-        "online": f"SAC from scratch, {n} side by side"}) for n in (1, 8, 32, 128)},
+        "online": f"SAC from scratch, num_envs {n}"}) for n in (1, 8, 32, 128)},
 }  # fmt: skip
 COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL, "num_envs": NUM_ENVS}
 
