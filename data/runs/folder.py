@@ -244,7 +244,8 @@ def _git_commit() -> str:
     """The commit of the code, with "-dirty" if files differ from it; needs a checkout and a git program."""
     here = pathlib.Path(__file__).parent
     try:
-        command = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
+        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        command = ["git", "--no-optional-locks", *describe]
         asked = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
