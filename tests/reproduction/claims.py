@@ -119,7 +119,7 @@ CLAIMS = [  # most worth per hour first
             "ooo", ("cal_ql", "online"), ("no_uniform_floor", "online")),
     *[claim for method, name in {"iql": "IQL", "sac": "SAC"}.items() for n in (8, 32, 128) for claim in on_all(
         f"num-envs-{method}-{n}", BODIES if method == "iql" else {CHEETAH: SCORE},
-        "-", f"{name} with one environment ends above {name} with {n}",
+        "ours", f"{name} with one environment ends above {name} with {n}",
         "num_envs", (f"{method}_1", "online"), (f"{method}_{n}", "online"))],
     # the paper's own budget, which asks for a GPU; made only by name
     *on_all("full-iql-fine-tunes", {MAZE_FULL: "return"},

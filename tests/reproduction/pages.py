@@ -21,13 +21,9 @@ CLAIMS_PAGE = records.FOLDER.with_suffix(".md")
 RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
-PAPERS = {
-    "ooo": "OOO",
-    "gde": "GDE",
-    "o3f": "O3F",
-    "off2onrl": "Off2OnRL",
-    "num_envs": "Number of environments",
-}
+TITLES = {
+    "ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "num_envs": "Number of environments",
+}  # fmt: skip
 PHASES = "offline", "online", "retrained"
 
 
@@ -83,7 +79,7 @@ def claims_page(claims: list[Claim]) -> str:
         if claim not in tested:
             missing.setdefault((claim.place, claim.says), []).append(claim.task)
     left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
-    head = "| paper | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
+    head = "| source | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
@@ -112,7 +108,7 @@ normalised one, and the return where a task has none; so a measure may differ fr
 environment ended above many, the many would cost something. "Not confirmed" says that no such
 difference was seen with three seeds, and "contradicted" that many did better.
 
-{head.replace("paper", "", 1)}
+{head}
 {ours}
 
 ## Not tested yet
@@ -120,7 +116,7 @@ difference was seen with three seeds, and "contradicted" that many did better.
 A run is missing. `python tests/reproduction/claims.py` makes it; tasks that end in `-full` take
 days without a GPU and are made only by name, `--only full- --seeds 5`.
 
-| paper | claim | tasks |
+| source | claim | tasks |
 |---|---|---|
 {left}
 """
@@ -130,7 +126,7 @@ def recorded() -> dict[tuple[str, str], dict[str, dict]]:
     """(comparison, task) -> run -> its record, paper by paper; without those that have none."""
     found = {
         key: {run: record for run in COMPARISONS[key[0]] if (record := records.read(*key, run))}
-        for key in sorted(BUDGETS, key=lambda key: list(PAPERS).index(key[0]))
+        for key in sorted(BUDGETS, key=lambda key: list(TITLES).index(key[0]))
     }
     return {key: runs for key, runs in found.items() if runs}
 
@@ -183,7 +179,7 @@ def runs_page() -> str:
     for (comparison, task), runs in recorded().items():
         rows = "\n".join(row(comparison, task, run, record) for run, record in runs.items())
         commands = "\n".join(f"    {record['command']}" for record in runs.values())
-        parts.append(f"""## {PAPERS[comparison]}: {task}
+        parts.append(f"""## {TITLES[comparison]}: {task}
 
 Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}.
 
@@ -220,7 +216,7 @@ def panels() -> list[ScorePanel]:
                     before += [name] if phase == "offline" else []
         if len(policies) > 1:
             measure = measure_name(next(iter(runs.values())))
-            found.append(ScorePanel(f"{PAPERS[comparison]}: {task}", measure, policies, before))
+            found.append(ScorePanel(f"{TITLES[comparison]}: {task}", measure, policies, before))
     return found
 
 
