@@ -1,11 +1,14 @@
 """The pages of results: what a run's record keeps, when a claim is confirmed, and that all comes from records."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
 import sys
+import types
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ import records  # noqa: E402
 import tables  # noqa: E402
 from comparisons import BUDGETS, COMPARISONS, sources, words_of  # noqa: E402
 
+from ooo_rl.data.learner import Learner, Moments  # noqa: E402
 from ooo_rl.data.runs import settings, worlds  # noqa: E402
 from ooo_rl.data.runs.plan import cut  # noqa: E402
 
@@ -86,6 +90,43 @@ def test_a_run_is_carried_out_after_those_that_it_starts_from(tmp_path, monkeypa
     tables.carry_out(args, "re_iql")
     tables.carry_out(args, "pex")
     assert made == [f"gde-hopper-medium-{run}" for run in ("pre", "re_iql", "pex")]
+
+
+CHANGED = [(c, run) for c, runs in COMPARISONS.items() for run, found in runs.items() if found.changes]
+
+
+@pytest.mark.parametrize(("comparison", "name"), CHANGED)
+def test_a_change_is_made_in_a_copy_of_the_script(comparison, name, tmp_path, monkeypatch):
+    task, run = next(task for c, task in BUDGETS if c == comparison), COMPARISONS[comparison][name]
+    args, ran = tables.Args(comparison, task, runs_dir=tmp_path, out=tmp_path / "out"), []
+    monkeypatch.setattr(
+        tables.subprocess, "run", lambda words, **_: ran.append(words[1]) or SimpleNamespace(returncode=0)
+    )
+    tables.carry_out(args, name)
+    copy, ours = pathlib.Path(ran[-1]), (tables.REPO / f"algos/{run.script}.py").read_text()
+    assert copy.name == f"{run.script}.py" and copy.is_relative_to(tmp_path)
+    theirs = copy.read_text().splitlines()
+    compile("\n".join(theirs), copy.name, "exec")
+    lines = [pair for pair in zip(ours.splitlines(), theirs, strict=True) if pair[0] != pair[1]]
+    assert len(lines) == len(run.changes)
+    assert all(a in line and b in new for (a, b), (line, new) in zip(run.changes, lines))
+    assert all(said in tables.shown(args, name) for said in tables.said(run))
+    with pytest.raises(ValueError, match="0 times"):
+        tables.changed(dataclasses.replace(run, changes=(("no such line", ""),)))
+
+
+def test_the_deviation_of_an_rnd_normalised_twice_is_a_square_root(monkeypatch):
+    script = types.ModuleType("changed")
+    monkeypatch.setitem(sys.modules, "changed", script)  # where its dataclasses look for their types
+    exec(tables.changed(COMPARISONS["ooo"]["rnd_twice"]), script.__dict__)
+    script.novelty = lambda static, rnd, batch: batch.reward  # in place of the errors
+    script.rnd_errors = lambda static, predictor, rnd, batch: jnp.zeros(1)
+    static = SimpleNamespace(args=SimpleNamespace(intrinsic="rnd"))
+    rnd = script.RND(Learner.create({}), {}, Moments.fresh(), Moments.fresh())
+    for errors in np.random.default_rng(0).normal(0, 16, (400, 64)):
+        batch = SimpleNamespace(obs=jnp.zeros(64), reward=jnp.float32(errors))
+        rnd = script.learn_rnd(static, rnd, batch, 0.0)
+    assert float(jnp.sqrt(rnd.error.var)) == pytest.approx(4, rel=0.05)
 
 
 def finished(folder: pathlib.Path, command: str, values: list, curve: dict[int, list]) -> pathlib.Path:

@@ -121,6 +121,22 @@ CLAIMS = [  # most worth per hour first
         f"num-envs-{method}-{n}", BODIES if method == "iql" else {CHEETAH: SCORE},
         "ours", f"{name} with one environment ends above {name} with {n}",
         "num_envs", (f"{method}_1", "online"), (f"{method}_{n}", "online"))],
+    # defects of official codes, put back into our scripts
+    *[claim for run, (task, what, method) in {
+        "rnd_twice": (WALL, "RND's error normalised twice", "iql"),
+        "one_ring": (MAZE, "one ring of 500,000 rows", "iql"),
+        "still_rnd": (WALL, "an RND that does not learn", "cal_ql"),
+    }.items() for name in ["OOO(IQL)" if method == "iql" else "OOO(Cal-QL)"] for claim in [
+        Claim(f"defect-{run}", "OOO's code", f"{name} ends above {name} with {what}", "ooo", task,
+              (f"ooo_{method}", "retrained"), (run, "retrained")),
+        Claim(f"defect-{run}-base", "OOO's code", f"{name} with {what} ends above {name[4:-1]}", "ooo", task,
+              (run, "retrained"), (method, "online")),
+        Claim(f"defect-{run}-explorer", "OOO's code", f"the explorer of {name} ends above that with {what}",
+              "ooo", task, (f"ooo_{method}", "online"), (run, "online")),
+    ]],
+    *on_all("defect-raw-online", {CHEETAH: SCORE},
+            "IQL's code", "IQL ends above IQL whose online rewards are not scaled as the data's are", "gde",
+            ("iql", "online"), ("raw_online", "online")),
     # the paper's own budget, which asks for a GPU; made only by name
     *on_all("full-iql-fine-tunes", {MAZE_FULL: "return"},
             "OOO, Table 2", "IQL is better after fine-tuning than before", "ooo",

@@ -15,11 +15,14 @@ class Run:
     """A run of `script` with `flags`, after those of the whole task.
 
     rows: phase -> its name in tables; a phase that is not there has no row.
+    changes: parts of the script, and what stands in their place in a copy that is run instead. So a defect of
+    an official code can be tried, and our script needs no switch for it.
     """
 
     script: str
     flags: str = ""
     rows: dict[str, str] = field(default_factory=dict)
+    changes: tuple[tuple[str, str], ...] = ()
 
 
 OOO = {
@@ -46,6 +49,19 @@ OOO = {
         "retrained": "OOO(IQL), warm start (Fig. 13)"}),
     "sync": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --sync-explorer", {
         "online": "explorer, synchronised (Fig. 14)", "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
+    # defects of its official code: the deviation is that of the error already divided by it; a ring of 500,000
+    # rows holds the offline rows, too, and new rows overwrite them; the compiled step never changes RND
+    "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN", {
+        "online": "IQL + RND, normalised twice", "retrained": "OOO(IQL), RND normalised twice"}, (
+        ("rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"),)),
+    "one_ring": Run("ooo_iql", "IQL IQL_RETRAIN", {
+        "online": "IQL + RND, one ring", "retrained": "OOO(IQL), one ring"}, (
+        ("(num_updates, args.batch_size), 0, filled)",
+         "(num_updates, args.batch_size), jnp.maximum(filled - 500_000, 0), filled)"),
+        ("(args.batch_size - num_best,), 0, filled)",
+         "(args.batch_size - num_best,), jnp.maximum(filled - 500_000, 0), filled)"))),
+    "still_rnd": Run("ooo_cal_ql", "CQL CQL_RETRAIN --rnd-lr 0", {
+        "online": "Cal-QL + RND that does not learn", "retrained": "OOO(Cal-QL), RND that does not learn"}),
 }  # fmt: skip
 
 # All fine-tuners go on from one run of IQL, but for those whose offline method is another one.
@@ -72,6 +88,10 @@ GDE = {
         "online": "GDE without explorer"}),
     "gde_no_teacher": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --teacher none", {
         "online": "GDE without teacher"}),
+    # a defect of IQL's official code: the dataset's rewards are scaled, and those seen online are not
+    "raw_online": Run("iql", "NETS DATA ONLINE AFTER_pre", {"online": "IQL, online rewards not scaled"}, (
+        ("Transition(obs, action, reached.reward,",
+         "Transition(obs, action, (reached.reward - hyper.reward_bias) / hyper.reward_scale,"),)),
 }  # fmt: skip
 
 O3F = {

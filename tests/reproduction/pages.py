@@ -41,6 +41,13 @@ class Claim:
     measure: str = "return"
 
     @property
+    def section(self) -> str:
+        """The part of the page that it belongs to."""
+        if self.comparison == "num_envs":
+            return "num_envs"
+        return "defects" if self.place.endswith("'s code") else "papers"
+
+    @property
     def runs(self) -> tuple[str, str]:
         return self.better[0], self.worse[0]
 
@@ -71,8 +78,9 @@ def line(claim: Claim) -> str:
 def claims_page(claims: list[Claim]) -> str:
     """docs/results.md."""
     tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
-    theirs, ours = (
-        "\n".join(line(c) for c in tested if (c.comparison == "num_envs") == mine) for mine in (False, True)
+    papers, defects, num_envs = (
+        "\n".join(line(c) for c in tested if c.section == section)
+        for section in ("papers", "defects", "num_envs")
     )
     missing: dict[tuple[str, str], list[str]] = {}
     for claim in claims:
@@ -93,7 +101,7 @@ chance lies above one half, and contradicted, at this budget, if it lies below. 
 this asks that nearly all pairs agree, and says nothing about how large the difference is.
 
 {head}
-{theirs}
+{papers}
 
 ## All scores
 
@@ -102,6 +110,15 @@ normalised one, and the return where a task has none; so a measure may differ fr
 
 ![Scores of all runs, task by task](figures/results.png)
 
+## Does it matter that defects of official codes are mended?
+
+Each method's page names the defects that our script does not have. Here some are put back, one at a
+time: a copy of the script is changed in one place and run, or a flag does it. [All
+runs](results/runs.md) show what was changed.
+
+{head}
+{defects}
+
 ## Does it cost anything that many environments act side by side?
 
 `--num-envs` is our main lever on speed. Steps of the environment and updates are alike here. If one
@@ -109,7 +126,7 @@ environment ended above many, the many would cost something. "Not confirmed" say
 difference was seen with three seeds, and "contradicted" that many did better.
 
 {head}
-{ours}
+{num_envs}
 
 ## Not tested yet
 
@@ -178,7 +195,10 @@ def runs_page() -> str:
     parts = []
     for (comparison, task), runs in recorded().items():
         rows = "\n".join(row(comparison, task, run, record) for run, record in runs.items())
-        commands = "\n".join(f"    {record['command']}" for record in runs.values())
+        commands = "\n".join(
+            "    " + " ".join([record["command"], *tables.said(COMPARISONS[comparison][run])])
+            for run, record in runs.items()
+        )
         parts.append(f"""## {TITLES[comparison]}: {task}
 
 Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}.

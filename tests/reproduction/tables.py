@@ -67,10 +67,29 @@ def folder_of(args: Args, run: str) -> pathlib.Path:
     return args.runs_dir / run_of(args, run).script / env_of(args) / name_of(args, run)
 
 
+def script_of(args: Args, run: str) -> pathlib.Path:
+    """The script of a run, or where its changed copy is."""
+    found = run_of(args, run)
+    folder = args.runs_dir / "changed" / name_of(args, run) if found.changes else REPO / "algos"
+    return folder / f"{found.script}.py"
+
+
+def changed(run: Run) -> str:
+    """The script of `run` with its changes made; each must fit one place."""
+    text = (REPO / f"algos/{run.script}.py").read_text()
+    for ours, theirs in run.changes:
+        if text.count(ours) != 1:
+            raise ValueError(
+                f"algos/{run.script}.py has {ours!r} {text.count(ours)} times; a change needs it once"
+            )
+        text = text.replace(ours, theirs)
+    return text
+
+
 def command(args: Args, run: str) -> list[str]:
     """The command line of one run."""
     words = words_of(args.comparison, args.task, run, lambda other: folder_of(args, other))
-    script = str(REPO / f"algos/{run_of(args, run).script}.py")
+    script = str(script_of(args, run))
     return [script, "--env", env_of(args), "--num-seeds", str(args.seeds), *words,
             "--runs-dir", str(args.runs_dir), "--name", name_of(args, run)]  # fmt: skip
 
@@ -86,6 +105,9 @@ def carry_out(args: Args, run: str) -> None:
     if (folder / "config.json").exists():
         words = [words[0], "--resume", str(folder)]
     print(time.strftime("%T"), *words, flush=True)
+    if run_of(args, run).changes:
+        script_of(args, run).parent.mkdir(parents=True, exist_ok=True)
+        script_of(args, run).write_text(changed(run_of(args, run)))
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{name_of(args, run)}.log").open("a") as log:
         code = subprocess.run(
@@ -111,6 +133,17 @@ def ways(crossings: list[dict] | None) -> str:
     return ", ".join(max(seed, key=seed.get) for seed in crossings) if crossings else "-"
 
 
+def shown(args: Args, run: str) -> str:
+    """The command of a run, as one types it; a change is said after it."""
+    script, *words = command(args, run)
+    return " ".join(["python", f"algos/{pathlib.Path(script).name}", *words, *said(run_of(args, run))])
+
+
+def said(run: Run) -> list[str]:
+    """What a command line says of the changes in its script: nothing, or a comment."""
+    return [f"# with {theirs!r} in place of {ours!r}" for ours, theirs in run.changes]
+
+
 def table(args: Args) -> str:
     """Markdown: one row per policy, IQM over seeds and 95 % interval."""
     lines = []
@@ -129,9 +162,7 @@ def table(args: Args) -> str:
                 lines.append(f"| {' | '.join(cells)} |")
     head = "| policy | success | return | episode length | normalised score | way, by seed | run, s |\n"
     head += "|---|---|---|---|---|---|--:|"
-    commands = "\n".join(
-        f"    python algos/{' '.join(command(args, run)).split('algos/')[1]}" for run in args.methods
-    )
+    commands = "\n".join(f"    {shown(args, run)}" for run in args.methods)
     return f"{head}\n" + "\n".join(lines) + f"\n\nCommands:\n\n{commands}\n"
 
 
