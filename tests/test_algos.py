@@ -41,6 +41,7 @@ NAMES = sorted(p.stem for p in (REPO / "algos").glob("*.py") if p.stem != "__ini
 DISCOUNTS = (0.8, 0.9)
 UNSEEN = ("reward is obs",)  # the probe that the data lack
 STEPS, CHUNK = 1_600, 80  # of each phase
+OPTIMISED = {"xla_backend_optimization_level": 1}  # so many steps are worth it (conftest.py)
 PROBES = {"continuous": "probe-all", "discrete": "probe-all-discrete"}  # by the kind of a method's actions
 TASK = {"batch_size": 64, "eval_episodes": 2, "name": "it"}
 TASK |= {"num_seeds": 2, "sweep": ("discount=" + ",".join(map(str, DISCOUNTS)),), "eval_every": CHUNK}
@@ -238,7 +239,7 @@ def settings_of(script, steps, **changes):
         TASK
         | {"env": PROBES[script.Args.actions]}
         | dict.fromkeys(names, steps)
-        | {"checkpoint_every": STEPS // 2}
+        | {"checkpoint_every": STEPS}
         | changes
     )
     if not any(phase.name == "offline" for phase in script.make_plan(script.Args(**args))):
@@ -262,12 +263,13 @@ def rows(script, rows_of_kinds):
 def together(script, rows, tmp_path_factory):
     """Seeds 0 and 1, at both discounts: runs 0 to 3 are the seeds at the one discount, then at the other."""
     place = tmp_path_factory.mktemp("together")
-    return trained(script, **settings_of(script, STEPS), dataset=rows, runs_dir=str(place))
+    args = settings_of(script, STEPS, dataset=rows, runs_dir=str(place))
+    return trained(script, **args, options=OPTIMISED)
 
 
 def short_run(script, place, rows, seed, like=None):
     """One chunk of each phase, four of the online one, from `seed` on; its ring is that of the long run."""
-    steps = {"online_steps": 4 * CHUNK, "buffer_size": STEPS, "checkpoint_every": CHUNK, "seed": seed}
+    steps = {"online_steps": 4 * CHUNK, "buffer_size": STEPS, "checkpoint_every": 2 * CHUNK, "seed": seed}
     args = settings_of(script, CHUNK, **steps, dataset=rows, runs_dir=str(place))
     return trained(script, whole=False, like=like, **args).result.folder
 

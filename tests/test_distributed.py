@@ -59,8 +59,16 @@ def settings(rows):
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
-    """Folder of a finished run of one process."""
+    """Folder of a finished run of this process."""
     return iql.train(iql.Args(**settings, runs_dir=str(tmp_path_factory.mktemp("whole")))).folder
+
+
+@pytest.fixture(scope="module")
+def whole_alone(settings, tmp_path_factory):
+    """Folder of a finished run of another process."""
+    place = tmp_path_factory.mktemp("alone")
+    assert alone(*words(settings, place)) == 0
+    return place / PLACE
 
 
 def interrupted(settings, place, **changes):
@@ -86,6 +94,16 @@ def words(settings, place):
     return flags
 
 
+USUAL = {"XLA_FLAGS": ""}  # not those of conftest.py: only so do any numbers of devices agree to the bit
+
+
+def alone(*words, devices=1, **environment):
+    """The exit code of one process."""
+    known = {**os.environ, **USUAL, "JAX_NUM_CPU_DEVICES": str(devices), **environment}
+    done = subprocess.run([sys.executable, "-c", CODE, *words], env=known, capture_output=True, check=False)
+    return done.returncode
+
+
 def two(*words, devices=1, other=(), **environment):
     """[(exit code, output, errors)] of two processes; process 1 has the flags `other` and the environment."""
     with socket.socket() as free:
@@ -93,7 +111,7 @@ def two(*words, devices=1, other=(), **environment):
         address = f"localhost:{free.getsockname()[1]}"
     known = {
         "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **USUAL,
     }  # fmt: skip
     started = [
         subprocess.Popen(
@@ -117,7 +135,7 @@ def said(errors):
     return [line for line in errors.splitlines() if line.startswith(("error: ", "stopped: "))]
 
 
-def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(settings, whole, tmp_path):
+def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(settings, whole_alone, tmp_path):
     """They have a device each, with two of the three seeds and the third one twice."""
     first, second = two(*words(settings, tmp_path), STOP="1")
     folder = tmp_path / PLACE
@@ -126,21 +144,22 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_process_goes_on(settings,
     assert "dataset" in first[1] and second[1:] == ("", "")
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == str(STOP_AT + 1)
-    iql.train(iql.Args(resume=str(folder)))
-    assert_same(folder, whole)
+    assert alone("--resume", str(folder)) == 0
+    assert_same(folder, whole_alone)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_what_one_began(settings, whole, tmp_path):
+def test_two_processes_go_on_with_what_one_began(settings, whole_alone, tmp_path):
     """They have two devices each, and use three of the four; each writes its part of the checkpoints."""
-    folder = interrupted(settings, tmp_path)
+    folder = tmp_path / PLACE
+    assert alone(*words(settings, tmp_path), STOP="1") == 143
     first, second = two("--resume", str(folder), devices=2)
     assert first[0] == second[0] == 0, (first, second)
     assert f"wrote {folder}/: " in first[1] and second[1:] == ("", "")
     assert len([*(folder / "checkpoints").rglob("ocdbt.process_*")]) == 2
-    assert_same(folder, whole)
+    assert_same(folder, whole_alone)
     iql.train(iql.Args(resume=str(folder)))  # of their checkpoint
-    assert_same(folder, whole)
+    assert_same(folder, whole_alone)
 
 
 def test_an_error_of_one_process_ends_both_with_one_line(settings, tmp_path):

@@ -37,6 +37,9 @@ def offline_rows():
     return Transition(obs, action, minus_one, obs + 0.03 * action, one)
 
 
+USUAL = {"xla_backend_optimization_level": 3}  # not that of conftest.py: only so does the last bit stay
+
+
 def trained(script, num_seeds, chunks=3):
     """(state, the program that acts, its arguments, traces) after chunks of every phase of a tiny run."""
     fields = {f.name for f in dataclasses.fields(script.Args)}
@@ -61,7 +64,7 @@ def trained(script, num_seeds, chunks=3):
             return function(static, *arguments, **static_arguments)
 
         counted.__signature__ = inspect.signature(partial(function, static))
-        return Compiled(counted, mesh)
+        return Compiled(counted, mesh, options=USUAL)
 
     state = compiled(script.init_state)(*((offline, keys) if script is ooo_iql else (keys,)))
     pretrain, act = (

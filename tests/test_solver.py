@@ -58,7 +58,8 @@ def solved(device: mjx.Model, data: mjx.Data, context=lean_solver) -> tuple:
             data = solver.solve(device, data)
         return data.qacc, data.qfrc_constraint, data._impl.efc_force
 
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(solve))(data))
+    usual = {"xla_backend_optimization_level": 3}  # other levels may round otherwise here and there
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(solve), compiler_options=usual)(data))
 
 
 @functools.cache

@@ -30,12 +30,13 @@ class Watched(Compiled):
         return super().__call__(*arguments, **static)
 
 
-def trained(script, whole=True, like=None, **settings):
+def trained(script, whole=True, like=None, options=None, **settings):
     """A finished run of `script`: what `train` returned, its networks, its programs and the policy played.
 
     `ended` holds for each phase (the agent trained in it, the policy's parameters) at its end, [runs, ...].
     If not `whole`, the run is trained and nothing else. It runs the programs of the run `like`, if there is
-    one, whose settings must be the same in all that is compiled.
+    one, whose settings must be the same in all that is compiled. `options` of XLA's compiler are for the
+    programs of its phases.
     """
     seen = SimpleNamespace(programs=[], ended={})
     make_nets, begin, after = script.make_nets, session.Session.begin, session.Session.after
@@ -55,7 +56,7 @@ def trained(script, whole=True, like=None, **settings):
             seen.ended[chunk.phase] = jax.device_get((agent, agent.actor.params if actor is None else actor))
 
     def note_program(*arguments, **more):
-        program = Watched(*arguments, **more)
+        program = Watched(*arguments, **more | ({"options": options} if options else {}))
         if like:
             program.programs = like.programs[len(seen.programs)].programs
         seen.programs.append(program)
