@@ -177,6 +177,14 @@ def test_init_from_takes_what_fits_and_says_so(sources, tmp_path, capsys, source
         jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), wanted)
 
 
+@pytest.mark.parametrize("dataset", ["auto", "own"])
+def test_init_from_says_where_no_offline_rows_stay(sources, tmp_path, capsys, dataset):
+    folder, _ = sources("iql")
+    args = small(iql, offline_steps=0, dataset=dataset, init_from=str(folder))
+    opened(iql, iql.Args(**args, seed=3, runs_dir=str(tmp_path)))
+    assert ("without offline rows" in capsys.readouterr().out) == (dataset == "auto")
+
+
 def test_init_from_refuses_what_is_no_start(sources, tmp_path):
     folder, _ = sources("iql")
     fails = lambda message, **changes: pytest.raises(UsageError, match=message)  # noqa: E731
