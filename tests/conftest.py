@@ -17,8 +17,8 @@ SETTINGS = {  # for this process, which has not imported JAX yet, and for the pr
     # Much is compiled here and little run (otherwise level 3).
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
-if version("jaxlib") < "0.11":  # whose newer way to make kernels takes a third longer to compile; later ones
-    SETTINGS["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # have no other, and refuse the flag
+if version("jaxlib") < "0.11":  # its newer way of making kernels compiles half as long again as the older
+    SETTINGS["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # later versions refuse this flag
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are shared
 hypothesis.settings.load_profile("no clock")
 if "PYTEST_XDIST_WORKER" in os.environ:

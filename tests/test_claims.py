@@ -40,6 +40,12 @@ def test_verdicts(better, worse, expected):
     assert said == expected and (chance.startswith("1.00 [1.00, 1.00]") or expected != "confirmed")
 
 
+def test_each_claim_has_its_part_of_the_page():
+    parts = {claim.name: claim.section for claim in claims.CLAIMS}
+    assert parts["num-envs-iql-8-hopper-medium"] == "num_envs" and parts["gde-iql-hopper-medium"] == "papers"
+    assert all((part == "defects") == name.startswith("defect-") for name, part in parts.items())
+
+
 def test_every_claim_is_about_runs_that_have_a_budget():
     assert len({c.name for c in claims.CLAIMS}) == len(claims.CLAIMS)
     for claim in claims.CLAIMS:

@@ -38,9 +38,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("resume")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv(
-            "XLA_FLAGS", ""
-        )  # not those of conftest.py: only so do any numbers of devices agree to the bit
+        # Not the flags of conftest.py: only so do any numbers of devices agree to the bit.
+        patch.setenv("XLA_FLAGS", "")
         yield place
 
 

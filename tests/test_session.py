@@ -182,7 +182,7 @@ def test_init_from_says_where_no_offline_rows_stay(sources, tmp_path, capsys, da
     folder, _ = sources("iql")
     args = small(iql, offline_steps=0, dataset=dataset, init_from=str(folder))
     opened(iql, iql.Args(**args, seed=3, runs_dir=str(tmp_path)))
-    assert ("without offline rows" in capsys.readouterr().out) == (dataset == "auto")
+    assert ("there are no offline rows" in capsys.readouterr().out) == (dataset == "auto")
 
 
 def test_init_from_refuses_what_is_no_start(sources, tmp_path):

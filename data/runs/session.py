@@ -307,7 +307,7 @@ class Session:
         with processes.together():
             agent, said = load_agent(self.args.init_from, self.labels, like)
         if self.args.dataset == "none":  # as --offline-steps 0 has it, unless a dataset is named
-            said += "; without offline rows, which --dataset keeps in the buffer"
+            said += "; there are no offline rows, since no --dataset is named"
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
         return state.replace(**{name: self._placed(agent)})
 

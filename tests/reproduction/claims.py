@@ -126,12 +126,13 @@ CLAIMS = [  # most worth per hour first
         "rnd_twice": (WALL, "RND's error normalised twice", "iql"),
         "one_ring": (MAZE, "one ring of 500,000 rows", "iql"),
         "still_rnd": (WALL, "an RND that does not learn", "cal_ql"),
-    }.items() for name in ["OOO(IQL)" if method == "iql" else "OOO(Cal-QL)"] for claim in [
-        Claim(f"defect-{run}", "OOO's code", f"{name} ends above {name} with {what}", "ooo", task,
+    }.items() for word, name in [(run.replace("_", "-"), "OOO(IQL)" if method == "iql" else "OOO(Cal-QL)")]
+      for claim in [
+        Claim(f"defect-{word}", "OOO's code", f"{name} ends above {name} with {what}", "ooo", task,
               (f"ooo_{method}", "retrained"), (run, "retrained")),
-        Claim(f"defect-{run}-base", "OOO's code", f"{name} with {what} ends above {name[4:-1]}", "ooo", task,
+        Claim(f"defect-{word}-base", "OOO's code", f"{name} with {what} ends above {name[4:-1]}", "ooo", task,
               (run, "retrained"), (method, "online")),
-        Claim(f"defect-{run}-explorer", "OOO's code", f"the explorer of {name} ends above that with {what}",
+        Claim(f"defect-{word}-explorer", "OOO's code", f"the explorer of {name} ends above that with {what}",
               "ooo", task, (f"ooo_{method}", "online"), (run, "online")),
     ]],
     *on_all("defect-raw-online", {CHEETAH: SCORE},

@@ -49,8 +49,9 @@ OOO = {
         "retrained": "OOO(IQL), warm start (Fig. 13)"}),
     "sync": Run("ooo_iql", "IQL IQL_RETRAIN HALVES --sync-explorer", {
         "online": "explorer, synchronised (Fig. 14)", "retrained": "OOO(IQL), synchronised (Fig. 14)"}),
-    # defects of its official code: the deviation is that of the error already divided by it; a ring of 500,000
-    # rows holds the offline rows, too, and new rows overwrite them; the compiled step never changes RND
+    # Defects of its official code. RND's deviation is that of the error already divided by it. A ring of
+    # 500,000 rows holds the offline rows, too, and new rows overwrite them. The compiled step never changes RND's
+    # predictor; its normalisers do learn here, and not there.
     "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN", {
         "online": "IQL + RND, normalised twice", "retrained": "OOO(IQL), RND normalised twice"}, (
         ("rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"),)),

@@ -82,12 +82,23 @@ def claims_page(claims: list[Claim]) -> str:
         "\n".join(line(c) for c in tested if c.section == section)
         for section in ("papers", "defects", "num_envs")
     )
+    head = "| source | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
+    if defects:
+        defects = f"""
+## Does it matter that defects of official codes are mended?
+
+Each method's page names the defects that our script does not have. Here some are put back, one at a
+time: a copy of the script is changed in one place and run, or a flag does it. [All
+runs](results/runs.md) show what was changed.
+
+{head}
+{defects}
+"""
     missing: dict[tuple[str, str], list[str]] = {}
     for claim in claims:
         if claim not in tested:
             missing.setdefault((claim.place, claim.says), []).append(claim.task)
     left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
-    head = "| source | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
@@ -109,16 +120,7 @@ The best policy of each task is at the top. Tasks have axes of their own. The sc
 normalised one, and the return where a task has none; so a measure may differ from that of a claim.
 
 ![Scores of all runs, task by task](figures/results.png)
-
-## Does it matter that defects of official codes are mended?
-
-Each method's page names the defects that our script does not have. Here some are put back, one at a
-time: a copy of the script is changed in one place and run, or a flag does it. [All
-runs](results/runs.md) show what was changed.
-
-{head}
 {defects}
-
 ## Does it cost anything that many environments act side by side?
 
 `--num-envs` is our main lever on speed. Steps of the environment and updates are alike here. If one
