@@ -144,6 +144,18 @@ def test_a_phase_learns_where_its_values_move(methods, learner):
                 phase.check_that_it_learns()
 
 
+def test_a_part_of_a_method_can_be_left_out(methods):
+    script = importlib.import_module("ooo_rl.algos.off2onrl")
+    sizes = {}
+    for members in (1, 3):
+        args = methods.Args(updates=16, change=(f"num_members={members}", "replay=uniform"))
+        start = methods.rehearse(script, args, 8, 1)["offline"].start
+        sizes[members] = sum(x.size for x in jax.tree.leaves(start.agent.critic.params))
+    assert sizes[3] == 3 * sizes[1]
+    with pytest.raises(ValueError, match="off2onrl has no setting 'members', which --change names"):
+        methods.rehearse(script, methods.Args(change=("members=1",)), 8, 1)
+
+
 def test_what_stands_for_a_session_takes_what_scripts_give_it(methods):
     """They call `after` with or without the policy to evaluate."""
     for stand_in in (methods.Rehearsal, importlib.import_module("gpu_programs").Shapes):

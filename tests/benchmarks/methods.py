@@ -18,8 +18,10 @@ all.
 
     python tests/benchmarks/methods.py --json out.json
     python tests/benchmarks/methods.py --methods iql sac --hidden 256 --seeds 16
+    python tests/benchmarks/methods.py --methods off2onrl --change num_members=1 replay=uniform
 """
 
+import ast
 import contextlib
 import importlib
 import io
@@ -64,6 +66,8 @@ class Args:
     """seeds trained side by side"""
     hidden: tuple[int, ...] = (64,) if ON_CPU else (256,)
     """units of both hidden layers"""
+    change: tuple[str, ...] = ()
+    """settings of the scripts that are not their own, as name=value: what does a part of a method cost?"""
     env: str = "point-mass-wall"
     """environment to act in, and whose own dataset to learn from; discrete actions: the toy maze"""
     num_envs: int = 8
@@ -212,6 +216,17 @@ class Usual:
         return calls * self.phase.updates / elapsed
 
 
+def changed(pairs: tuple[str, ...]) -> dict[str, object]:
+    """name=value, ... -> name: value; what is no literal of Python is a string."""
+    found = {}
+    for name, _, value in (pair.partition("=") for pair in pairs):
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 def rehearse(script: ModuleType, args: Args, hidden: int, num_seeds: int, **changes) -> dict[str, Phase]:
     """Phase -> what the script's own `train` makes of it, compiled, for chunks of --updates."""
     settings = {
@@ -230,9 +245,11 @@ def rehearse(script: ModuleType, args: Args, hidden: int, num_seeds: int, **chan
         "buffer_size": args.rows,
         "offline_steps": length, "online_steps": steps * settings["num_envs"], "retrain_steps": length,
         "random_steps": 0,
-        "learning_starts": 0, "eval_every": 10**9, "checkpoint_every": 10**9, **settings,
+        "learning_starts": 0, "eval_every": 10**9, "checkpoint_every": 10**9, **settings, **changed(args.change),
     }  # fmt: skip
     known = {field.name for kind in (script.Args, script.Hyper) for field in fields(kind)}
+    if unknown := changed(args.change).keys() - known:
+        raise ValueError(f"{script.__name__} has no setting {min(unknown)!r}, which --change names")
     settings = {name: value for name, value in settings.items() if name in known}
     patches = mock.patch.object(script, "Session", Rehearsal), mock.patch.object(session, "Compiled", Kept)
     with patches[0], patches[1], contextlib.redirect_stdout(io.StringIO()):
