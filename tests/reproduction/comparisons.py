@@ -68,7 +68,7 @@ OOO = {
 # All fine-tuners go on from one run of IQL, but for those whose offline method is another one.
 GDE = {
     "pre": Run("iql", "NETS DATA OFFLINE --online-steps 0 --actor-decay none", {"offline": "IQL, offline"}),
-    "gde": Run("gde_iql", "NETS DATA ONLINE AFTER_pre", {"online": "GDE"}),
+    "gde": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre", {"online": "GDE"}),
     "iql": Run("iql", "NETS DATA ONLINE AFTER_pre", {"online": "IQL"}),
     "on_iql": Run("iql", "NETS DATA ONLINE AFTER_pre --keep none", {"online": "OnIQL"}),
     "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
@@ -82,13 +82,14 @@ GDE = {
     # other ways to go on with the offline rows (its Table 5)
     "filter": Run("iql", "NETS DATA ONLINE AFTER_pre --keep best", {"online": "Filter"}),
     "per": Run("per_iql", "NETS DATA ONLINE AFTER_pre", {"online": "PER"}),
-    # ablations of GDE (its Table 4)
-    "gde_no_exploiter": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter", {
+    # ablations of GDE (its Tables 4 and 10; outside mazes n is 1 anyway)
+    "gde_no_exploiter": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --without exploiter", {
         "online": "GDE without exploiter"}),
-    "gde_no_explorer": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without explorer", {
+    "gde_no_explorer": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --without explorer", {
         "online": "GDE without explorer"}),
-    "gde_no_teacher": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --teacher none", {
+    "gde_no_teacher": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --teacher none", {
         "online": "GDE without teacher"}),
+    "gde_1_step": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --n-steps 1", {"online": "GDE with n = 1"}),
     # a defect of IQL's official code: the dataset's rewards are scaled, and those seen online are not
     "raw_online": Run("iql", "NETS DATA ONLINE AFTER_pre", {"online": "IQL, online rewards not scaled"}, (
         ("Transition(obs, action, reached.reward,",
@@ -126,6 +127,8 @@ OFF2ONRL = {
         "online": "Off2OnRL, online rows only"}),
     "mean_target": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --target mean", {
         "online": "Off2OnRL, one target for the mean"}),
+    "fqe": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre --init-q fqe FQE", {
+        "online": "Off2OnRL, critics of FQE (Fig. 1c)"}),
     "pre_1": Run("off2onrl", "NETS CRITICS CQL DATA OFFLINE --online-steps 0 --num-members 1", {
         "offline": "one CQL agent, offline"}),
     "off2onrl_1": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1", {
@@ -193,18 +196,24 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "CQL": "--hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 12000 --online-steps 19200 "
                "--utd-ratio 0.25",
     } for task in ("complete", "mixed")},
+    ("gde", "antmaze-umaze-diverse"): {
+        **LOCOMOTION, "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 20 --checkpoint-every 5000",
+        "DATA": "--dataset own", "AWAC": "--offline-steps 10000 --batch-size 256",
+        "PRIOR": "--offline-steps 10000", "OFTEN": "--eval-every 5000 --eval-episodes 5",
+        "TRIALS": "--trial-every 10000 --trial-steps 2100",  # three episodes; as in the paper, a fifth of the steps
+    },
     **{(comparison, f"{body}-{data}"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/{data}-v0", **more,
     } for body in ("halfcheetah", "hopper", "walker2d") for comparison, datasets, more in [
         ("gde", ("medium",), {
             "AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
-            "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5"}),
+            "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5", "TRIALS": ""}),
         ("o3f", ("medium",), {
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
             "MANY": "--online-steps 2500 --checkpoint-every 500"}),
         ("off2onrl", ("random", "medium", "medium-expert"), {
             "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
-            "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000"}),
+            "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000", "FQE": "--fqe-steps 5000"}),
         ("num_envs", ("medium",), {  # multiples of 128 environments
             "ALL": "--eval-every 10240 --eval-episodes 10", "OFFLINE": "--offline-steps 51200",
             "ONLINE": "--online-steps 51200"}),
