@@ -97,6 +97,9 @@ CLAIMS = [  # most worth per hour first
     }.items() for claim in on_all(
         f"o3f-{run}", BODIES, f"O3F, {place}", says,
         "o3f", ("o3f", "online"), (run, "offline" if run == "pre" else "online"))],
+    *on_all("o3f-loose-iql", {CHEETAH: SCORE},
+            "O3F, Figure 3", "O3F on IQL ends above IQL with a larger expectile online",
+            "o3f", ("o3f", "online"), ("loose_iql", "online")),
     *on_all("o3f-lapo", {CHEETAH: SCORE},
             "O3F, Figure 5", "O3F on LAPO ends above noise without ranking",
             "o3f", ("o3f_lapo", "online"), ("noise_lapo", "online")),
