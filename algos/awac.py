@@ -322,6 +322,7 @@ FAMILIES = {
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3,
         target_rate=0.05, beta=0.05, batch_size=256, offline_steps=0, online_steps=3_000,
         learning_starts=160),
+    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     ("antmaze", "maze2d"): dict(reward_bias=-1),
     "kitchen": dict(reward_bias=-4, end_reward=4),
     ("door-binary", "pen-binary", "relocate-binary"): dict(

@@ -387,6 +387,7 @@ FAMILIES = {
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(reward_bias=-1),
     "maze2d": dict(reward_bias=-1, offline_steps=500_000),
+    "kitchen": dict(reward_bias=-4, end_reward=4),
 }  # fmt: skip
 
 

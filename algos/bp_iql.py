@@ -379,17 +379,22 @@ def sample_batches(offline: Transition | None, ring, added, ratio: float, shape:
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline, truncation, *, length: int):
-    """`length` gradient steps on the offline rows: of IQL and of the prior, or of the prior alone."""
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline, truncation, done, *, length: int):
+    """`length` gradient steps on the offline rows: of IQL and of the prior, or of the prior alone.
+
+    `done` [] of the phase come before.
+    """
     args, nets, rows = static.args, static.nets, with_last_actions(offline, truncation)
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
+    begun = state.agent.actor.opt.count - done  # --init-from brings steps along
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         batch = sample_batches(rows, None, 0, 1.0, (args.batch_size,), sample_key)
         agent, metrics = state.agent, {}
         if args.offline_learns == "all":
-            rate = 0.5 + 0.5 * jnp.cos(jnp.pi * agent.actor.opt.count / args.offline_steps) if decays else 1.0
+            steps = agent.actor.opt.count - begun
+            rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
             decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
             agent, metrics = update(nets, decayed, agent, batch, update_key)
         given = nets, batch.action, batch.last_action
@@ -459,8 +464,12 @@ def make_nets(session: Session) -> Nets:
     )  # fmt: skip
 
 
-def check_order(session: Session) -> None:
-    """Raises UsageError if the rows of the dataset are in no order."""
+def check_prior(session: Session) -> None:
+    """Raises UsageError if the rows of the dataset are in no order, or IQL would learn nothing offline."""
+    if session.args.offline_learns == "prior" and not session.args.init_from:
+        raise UsageError("--offline-learns prior needs --init-from, the run that has trained IQL")
+    if not session.args.offline_steps:
+        session.console.print("the prior learns nothing offline; it begins as it is, and acts all the same")
     if session.card.get("ordered") is False:
         raise UsageError(
             f"--dataset {session.card['id']}: its rows are in no order, so the action before each is not "
@@ -471,7 +480,7 @@ def check_order(session: Session) -> None:
 def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("bp_iql", args, make_plan)
-    check_order(session)
+    check_prior(session)
     args, hyper = session.args, session.scaled_to(session.args.return_range)
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
@@ -480,7 +489,7 @@ def train(args: Args) -> Result:
     given = hyper, session.offline, session.truncation
     for chunk in session.chunks():
         if chunk.phase == "offline":
-            state, metrics = pretrain(state, *given, length=chunk.iterations)
+            state, metrics = pretrain(state, *given, chunk.start, length=chunk.iterations)
         else:
             how = {"length": chunk.iterations, "learns": chunk.learns}
             state, metrics = finetune(state, *given, chunk.collected, **how)
@@ -503,11 +512,13 @@ FAMILIES = {
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
+    "antmaze-large-goal-missing": dict(offline_steps=500_000),
     "maze2d": dict(expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000),
     "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4, end_reward=4),
     ("hammer", "door", "pen", "relocate"): dict(expectile=0.7, temperature=0.5, dropout=0.1),
     ("door-binary", "pen-binary", "relocate-binary"): dict(
         expectile=0.8, temperature=3, offline_steps=25_000),
+    "hammer-truncated-expert": dict(expectile=0.8, temperature=3, dropout=0, offline_steps=50_000),
 }  # fmt: skip
 
 

@@ -545,6 +545,7 @@ FAMILIES = {
         target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=4, offline_steps=0,
         online_steps=3_000, num_envs=8, n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=96,
         learning_starts=160),
+    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": MAZE,
     "maze2d": dict(**MAZE, offline_steps=500_000),
     "kitchen": dict(hidden=(512,) * 3, critic_hidden=(512,) * 3, importance_sampling=False,

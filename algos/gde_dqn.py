@@ -353,6 +353,8 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("gde_dqn", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
+    if args.online_steps and lengths(args)[1] != session.env.horizon:
+        session.console.print(f"a trial has {lengths(args)[1]} steps, an episode {session.env.horizon}")
     nets, functions = make_nets(session), (init_state, pretrain_chunk, decouple, finetune_chunk)
     initialise, pretrain, begin, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))

@@ -483,6 +483,7 @@ FAMILIES = {
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3,
         target_rate=0.05, alpha=50, offline_steps=0, online_steps=3_000, num_envs=8, n_steps=2,
         rho_steps=1_600, trial_every=160, trial_steps=96, learning_starts=160),
+    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(reward_bias=-1, n_steps=3, trial_every=25_000, trial_steps=5_000),
     "maze2d": dict(
         reward_bias=-1, offline_steps=500_000, n_steps=3, trial_every=25_000, trial_steps=5_000),

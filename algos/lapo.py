@@ -407,16 +407,16 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
     return state, metrics
 
 
-def check_values(args: Args) -> None:
-    """Raises UsageError if no value is within its bounds."""
-    low, high = args.hyper.value_min, args.hyper.value_max
-    if low > high:
-        raise UsageError(f"--value-min {low:g} is above --value-max {high:g}")
+def check_values(args: Args, hyper: Hyper) -> None:
+    """Raises UsageError if no value is within its bounds, in a run of `hyper` [runs], offline or online."""
+    for now in (hyper, online_hyper(args, hyper, args.online_steps)):
+        if (now.value_min > now.value_max).any():
+            raise UsageError("--value-min is above --value-max, so no value is within them")
 
 
+# as in iql.py
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then fine-tuning."""
-    check_values(args)
     return [Phase("offline", 0, args.offline_steps), Phase("online", 0, args.online_steps, acts=True)]
 
 
@@ -431,6 +431,7 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("lapo", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.scaled_to_max(session.args.max_reward)
+    check_values(args, hyper)
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))
@@ -454,10 +455,11 @@ FAMILIES = {
     "probe": dict(
         hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, vae_lr=3e-3, target_rate=0.05,
         kl_weight=0.1, batch_size=256, max_reward=0, offline_steps=0, online_steps=3_000),
+    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(max_reward=0, reward_scale=100, value_min=0, value_max=100, min_weight=0.7),
     "maze2d": dict(kl_weight=0.3),
     "maze2d-large-missing-data": dict(max_reward=0),
-    "kitchen": dict(end_reward=4),
+    "kitchen": dict(end_reward=jnp.inf),
     ("door-binary", "pen-binary", "relocate-binary"): dict(max_reward=0, offline_steps=25_000),
 }  # fmt: skip
 

@@ -515,6 +515,7 @@ def train(args: Args) -> Result:
     session = Session("off2onrl", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
     nets = make_nets(session)
+    session.q_of["agent"] = partial(ensemble_q, nets)
     functions = init_state, renew_critics, begin_online, pretrain_chunk, finetune_chunk
     initialise, renew, begin, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))
@@ -525,7 +526,7 @@ def train(args: Args) -> Result:
             state = renew(state) if fqe and chunk.first else state
             state, metrics = pretrain(state, hyper, offline, length=chunk.iterations, fqe=fqe)
         else:
-            state = begin(state, hyper, offline) if chunk.first else state
+            state = begin(state, online_hyper(args, hyper, 0), offline) if chunk.first else state
             how = {"length": chunk.iterations, "learns": chunk.learns}
             state, metrics = finetune(state, hyper, offline, chunk.collected, **how)
         session.after(chunk, metrics, state)
@@ -545,12 +546,13 @@ FAMILIES = {
         ratio_lr=3e-3, target_rate=0.05, entropy_per_action=-3, backup_entropy=0, cql_weight=0.01,
         num_members=2, num_samples=4, offline_steps=0, online_steps=3_000, learning_starts=160),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
-    ("antmaze", "maze2d"): dict(
-        critic_hidden=(256,) * 4, actor_lr=1e-4, alpha_lr=1e-4, max_target_backup=True, reward_scale=10,
-        reward_bias=-5, offline_steps=500_000),
-    ("door", "hammer", "pen", "relocate"): dict(
-        hidden=(512, 512), critic_hidden=(512, 512, 512), actor_lr=1e-4, alpha_lr=1e-4, cql_weight=1,
-        max_target_backup=True, offline_steps=20_000),
+    ("antmaze", "maze2d"): dict(critic_hidden=(256,) * 4, actor_lr=1e-4, alpha_lr=1e-4,
+        max_target_backup=True, reward_scale=10, reward_bias=-5, offline_steps=500_000),
+    "kitchen": dict(hidden=(512,) * 3, critic_hidden=(512,) * 3, actor_lr=1e-4, alpha_lr=1e-4,
+        max_target_backup=True, reward_bias=-5, end_reward=jnp.inf, offline_steps=500_000),
+    ("door", "hammer", "pen", "relocate"): dict(hidden=(512,) * 2, critic_hidden=(512,) * 3, actor_lr=1e-4,
+        alpha_lr=1e-4, cql_weight=1, max_target_backup=True, offline_steps=20_000),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
 }  # fmt: skip
 
 

@@ -530,7 +530,7 @@ FAMILIES = {
     "point-mass-wall": dict(
         hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
         target_rate=0.02, backup_entropy=0, online_steps=96_000, num_envs=48, utd_ratio=1 / 6, policy_every=4,
-        random_steps=4_800, rnd_units=64),
+        random_steps=4_800, rnd_units=64, retrain_steps=12_000),
     "point-mass-wall-sparse": dict(reward_bias=-1),
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
@@ -538,6 +538,7 @@ FAMILIES = {
         policy_every=2, online_steps=3_000, utd_ratio=2, random_steps=160, retrain_steps=3_000),
     ("halfcheetah-sparse", "ant-sparse"): dict(upsample=32 / 288),
     ("antmaze", "maze2d"): dict(**GOAL, reward_bias=-1, upsample=8 / 256),
+    "kitchen": dict(reward_bias=-4, end_reward=4),
     ("door", "pen", "relocate"): GOAL,
 }  # fmt: skip
 

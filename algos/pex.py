@@ -303,15 +303,15 @@ def sample_batches(offline: Transition | None, ring, added, ratio: float, shape:
 
 
 # as in iql.py
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, *, length: int):
-    """`length` gradient steps on the offline rows."""
-    args = static.args
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, done, *, length: int):
+    """`length` gradient steps on the offline rows; `done` [] of the phase come before."""
+    args, begun = static.args, state.agent.actor.opt.count - done  # --init-from brings steps along
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         index = jax.random.randint(sample_key, (args.batch_size,), 0, buffer.size(offline))
-        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count
+        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - begun
         rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
         decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
         agent, metrics = update(static.nets, decayed, state.agent, batch, update_key)
@@ -388,7 +388,7 @@ def train(args: Args) -> Result:
 
     for chunk in session.chunks():
         if chunk.phase == "offline":
-            state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
+            state, metrics = pretrain(state, hyper, offline, chunk.start, length=chunk.iterations)
         else:
             state = add_policy(state) if chunk.first else state
             how = {"length": chunk.iterations, "learns": chunk.learns}

@@ -323,15 +323,15 @@ def sample_batches(offline: Transition | None, ring, added, ratio: float, shape:
 
 
 # as in iql.py
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, *, length: int):
-    """`length` gradient steps on the offline rows."""
-    args = static.args
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, done, *, length: int):
+    """`length` gradient steps on the offline rows; `done` [] of the phase come before."""
+    args, begun = static.args, state.agent.actor.opt.count - done  # --init-from brings steps along
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         index = jax.random.randint(sample_key, (args.batch_size,), 0, buffer.size(offline))
-        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count
+        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - begun
         rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
         decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
         agent, metrics = update(static.nets, decayed, state.agent, batch, update_key)
@@ -401,7 +401,7 @@ def train(args: Args) -> Result:
 
     for chunk in session.chunks():
         if chunk.phase == "offline":
-            state, metrics = pretrain(state, hyper, offline, length=chunk.iterations)
+            state, metrics = pretrain(state, hyper, offline, chunk.start, length=chunk.iterations)
         else:
             state = begin(state) if chunk.first else state
             how = {"length": chunk.iterations, "learns": chunk.learns}
@@ -428,11 +428,13 @@ FAMILIES = {
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
+    "antmaze-large-goal-missing": dict(offline_steps=500_000),
     "maze2d": dict(expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000),
     "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4, end_reward=4),
     ("hammer", "door", "pen", "relocate"): dict(expectile=0.7, temperature=0.5, dropout=0.1),
     ("door-binary", "pen-binary", "relocate-binary"): dict(
         expectile=0.8, temperature=3, offline_steps=25_000),
+    "hammer-truncated-expert": dict(expectile=0.8, temperature=3, dropout=0, offline_steps=50_000),
 }  # fmt: skip
 
 

@@ -464,6 +464,7 @@ FAMILIES = {
     ("halfcheetah-sparse", "ant-sparse"): dict(online_steps=1_000_000),
     "antmaze": dict(**GOAL, target_subset=1, reward_bias=-1, online_steps=300_000),
     "maze2d": dict(**GOAL, target_subset=1, reward_bias=-1, online_steps=500_000),
+    "kitchen": dict(reward_bias=-4, end_reward=4),
     ("door", "pen", "relocate"): dict(**GOAL, online_steps=1_000_000),
 }  # fmt: skip
 

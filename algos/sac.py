@@ -328,6 +328,8 @@ FAMILIES = {
         target_rate=0.05, entropy_per_action=-3, backup_entropy=0, online_steps=3_000, random_steps=160),
     "antmaze": dict(reward_bias=-1),
     "maze2d": dict(reward_bias=-1, online_steps=500_000),
+    "kitchen": dict(reward_bias=-5, end_reward=jnp.inf),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
 }  # fmt: skip
 
 

@@ -333,6 +333,7 @@ FAMILIES = {
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3,
         target_rate=0.05, alpha=50, offline_steps=0, online_steps=3_000),
+    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": dict(reward_bias=-1),
     "maze2d": dict(reward_bias=-1, offline_steps=500_000),
     "kitchen": dict(reward_bias=-4, end_reward=4),

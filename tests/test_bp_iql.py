@@ -100,8 +100,27 @@ def test_the_action_before_each_row():
 
 
 def test_rows_in_no_order_are_refused():
+    args = SimpleNamespace(offline_learns="all", offline_steps=1, init_from="")
     with pytest.raises(UsageError, match=r"--dataset mine\.npz: its rows are in no order"):
-        bp_iql.check_order(SimpleNamespace(card={"id": "mine.npz", "ordered": False}))
+        bp_iql.check_prior(SimpleNamespace(args=args, card={"id": "mine.npz", "ordered": False}))
+
+
+def test_a_prior_or_a_policy_that_learns_nothing_offline_is_named():
+    said = []
+    given = {"card": {}, "console": SimpleNamespace(print=said.append)}
+    for settings, message in [
+        ({"offline_learns": "all", "offline_steps": 1, "init_from": ""}, None),
+        ({"offline_learns": "prior", "offline_steps": 1, "init_from": "runs/x"}, None),
+        (
+            {"offline_learns": "all", "offline_steps": 0, "init_from": "runs/x"},
+            "the prior learns nothing offline",
+        ),
+    ]:
+        bp_iql.check_prior(SimpleNamespace(args=SimpleNamespace(**settings), **given))
+        assert bool(said) == bool(message) and (not message or said[0].startswith(message))
+    args = SimpleNamespace(offline_learns="prior", offline_steps=1, init_from="")
+    with pytest.raises(UsageError, match="--offline-learns prior needs --init-from"):
+        bp_iql.check_prior(SimpleNamespace(args=args, **given))
 
 
 # --- learning and acting ---
@@ -204,7 +223,7 @@ def test_the_prior_may_learn_alone():
     rng = np.random.default_rng(0)
     rows = random_rows(rng, 40, obs_size=1, action_size=1)
     chunk = jax.jit(partial(bp_iql.pretrain_chunk, static, length=3))
-    after, metrics = chunk(state, bp_iql.Hyper(), rows, np.zeros(40, bool))
+    after, metrics = chunk(state, bp_iql.Hyper(), rows, np.zeros(40, bool), 0)
     assert metrics.keys() == {"prior_loss", "nonfinite_at"} and after.agent.prior.opt.count == 3
     same = jax.tree.map(lambda x, y: bool((x == y).all()), after.agent, state.agent)
     assert all(jax.tree.leaves(same.replace(prior=True))) and not all(jax.tree.leaves(same.prior))

@@ -47,6 +47,6 @@ def test_each_command_is_taken(script):
             args = settings.parse(method.Args, shlex.split(words))
             if getattr(args, "return_range", 0) or getattr(args, "max_reward", 0):
                 data = None if args.dataset == "none" else "some"
-                session._has_scale(SimpleNamespace(data=data, args=args), "a scale")
+                session._has_scale(SimpleNamespace(data=data, args=args), "a scale", "")
         except (settings.UsageError, SystemExit) as error:
             pytest.fail(f"{where}: python algos/{script}.py {words}: {error}")

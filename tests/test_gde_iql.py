@@ -11,7 +11,7 @@ from numerics import adam_first_step, double, ensemble, forward, gradient, mostl
 from test_sac import ACT, BATCH, OBS, random_rows
 
 from ooo_rl import envs
-from ooo_rl.algos import cql, gde_cql, gde_iql, gde_td3_bc, iql, td3_bc
+from ooo_rl.algos import cql, gde_cql, gde_dqn, gde_iql, gde_td3_bc, iql, td3_bc
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import settings
@@ -302,6 +302,21 @@ def test_a_share_of_offline_rows_needs_some(script):
     given = {"online_steps": 320, "num_envs": 8, "trial_every": 160, "trial_steps": 32}
     with pytest.raises(UsageError, match=r"--offline-ratio 0\.5 needs --dataset, and it is none"):
         script.train(script.Args(**args, **given))
+    changing = given | {"online_change": ("offline-ratio=0.5",)}
+    with pytest.raises(UsageError, match="--online-change offline-ratio: with n-step returns this share"):
+        script.train(script.Args(**args | {"offline_ratio": 0.0}, **changing))
+
+
+def test_a_trial_that_is_no_episode_is_reported_for_discrete_actions(monkeypatch, capsys):
+    """Only each environment's first episode counts there, so a longer trial is waste."""
+    monkeypatch.setattr(Session, "compile", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    given = {"env": "toy-maze", "dataset": "none", "offline_steps": 0, "num_envs": 16, "trial_every": 4_800}
+    for trial_steps, said in ((800, "50 steps"), (1_600, ""), (3_200, "200 steps")):
+        with pytest.raises(InterruptedError):
+            gde_dqn.train(
+                gde_dqn.Args(**given, trial_steps=trial_steps, online_steps=48_000, utd_ratio=1 / 16)
+            )
+        assert bool(said) == (f"a trial has {said}, an episode 100" in capsys.readouterr().out)
 
 
 def test_a_trial_shorter_than_an_episode_is_reported(monkeypatch, capsys):

@@ -194,13 +194,15 @@ def test_all_programs_of_a_run_are_found_without_computing(gpu, monkeypatch):
     ]  # fmt: skip
     assert not compiled
     initialise, pretrain, finetune, _ = found
-    (keys,), (state, hyper, offline), (later, *_, added) = (
+    (keys,), (state, hyper, offline, done), (later, *_, added) = (
         p.arguments for p in (initialise, pretrain, finetune)
     )
     made = jax.eval_shape(jax.vmap(initialise.compiled.function), keys)
     shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shape(state) == shape(made) == shape(later)
-    assert hyper.actor_lr.shape == (2,) and offline.obs.shape == (100_000, 2) and added.shape == ()
+    assert (
+        hyper.actor_lr.shape == (2,) and offline.obs.shape == (100_000, 2) and added.shape == done.shape == ()
+    )
     assert state.ring.obs.shape == (2, 24, 2) and state.ring.obs.sharding.spec == RUNS
 
 

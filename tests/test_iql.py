@@ -1,5 +1,6 @@
 """Which offline rows IQL's fine-tuning goes on with, and how widely it explores. (Losses: test_losses.py.)"""
 
+import importlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -59,6 +60,39 @@ def test_all_or_no_offline_rows():
 def test_rows_in_no_order_have_no_best_episodes():
     with pytest.raises(UsageError, match="--keep best: the rows of mine are in no order"):
         iql.kept(session_of("best", ordered=False))
+
+
+def test_the_learning_rate_decays_over_this_phase_alone(monkeypatch):
+    """Half of it is over, whatever --init-from brought along."""
+    env, two, scalar = envs.make("point-mass-wall"), jnp.zeros(2), jnp.float32(0)
+    args = iql.Args.exactly({"hidden": (2,), "offline_steps": 10, "online_steps": 0, "batch_size": 4})
+    nets = iql.make_nets(SimpleNamespace(args=args, action_size=2))
+    static = Static(args, env, Transition(two, two, scalar, two, scalar), nets)
+    state = jax.jit(partial(iql.init_state, static))(jax.random.PRNGKey(0))
+    opt = state.agent.actor.opt
+    actor = state.agent.actor.replace(opt=opt._replace(count=jnp.full_like(opt.count, 700)))
+    state = state.replace(agent=state.agent.replace(actor=actor))
+    rate = lambda nets, hyper, agent, *_: (agent, {"rate": hyper.actor_lr})  # noqa: E731
+    monkeypatch.setattr(iql, "update", rate)
+    rows = jax.tree.map(jnp.asarray, random_rows(np.random.default_rng(0), 20, obs_size=2, action_size=2))
+    metrics = iql.pretrain_chunk(static, state, iql.Hyper(actor_lr=0.1), rows, 5, length=2)[1]
+    np.testing.assert_allclose(metrics["rate"], 0.05, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gde_iql", "jsrl", "qdagger", "bp_iql", "per_iql", "o3f_iql"])
+@pytest.mark.parametrize(
+    "env",
+    ["halfcheetah", "ant-sparse", "antmaze-umaze", "antmaze-large-goal-missing", "maze2d-large", "kitchen-mixed",
+     "door", "pen-binary", "hammer-truncated-expert"],
+)  # fmt: skip
+def test_scripts_on_iql_have_its_settings(name, env):
+    def of(script):
+        args = script.Args(env=env)
+        shared = "offline_steps", "dropout", "end_reward"
+        traced = "discount", "expectile", "temperature", "reward_scale", "reward_bias", "target_rate"
+        return [getattr(args, x) for x in shared] + [getattr(args.hyper, x) for x in traced]
+
+    assert of(importlib.import_module(f"ooo_rl.algos.{name}")) == of(iql)
 
 
 def test_exploration_has_the_spread_that_is_asked():

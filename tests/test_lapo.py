@@ -237,15 +237,19 @@ def test_the_largest_reward_of_the_data_is_scaled():
 
     np.testing.assert_allclose([scaled(100), scaled(0), scaled(100, data=None)], [75, 3, 3])
     args.init_from = "runs/x"
-    with pytest.raises(
-        UsageError, match="--max-reward 1 with --init-from: name the --dataset of that run, or"
-    ):
-        scaled(1, data=None)
+    for size in (0, 1):  # without the data's rewards V would be clipped to the first ones of the environment
+        with pytest.raises(UsageError, match="bounds of V with --init-from: name the --dataset of that run"):
+            scaled(size, data=None)
     card["reward_range"] = [-1.0, 0.0]
     with pytest.raises(UsageError, match="--max-reward 1: the largest reward of x is 0; use 0"):
         scaled(1)
 
 
 def test_bounds_that_exclude_one_another_are_refused():
-    with pytest.raises(UsageError, match="--value-min 1 is above --value-max 0"):
-        lapo.make_plan(lapo.Args(value_min=1.0, value_max=0.0))
+    low, high = jnp.array([0.0, 1]), jnp.array([2.0, 2])
+    args, hyper = lapo.Args(), lapo.Hyper(value_min=low, value_max=high)
+    lapo.check_values(args, hyper)
+    late = lapo.Args(online_change=("value-max=0.5",))
+    for given in [(args, hyper.replace(value_max=jnp.array([2.0, 0]))), (late, hyper)]:  # the second run's
+        with pytest.raises(UsageError, match="--value-min is above --value-max"):
+            lapo.check_values(*given)

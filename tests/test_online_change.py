@@ -11,7 +11,7 @@ from test_run import rows_of
 from test_sac import random_rows
 from training import trained
 
-from ooo_rl.algos import awac, cql, iql, td3_bc
+from ooo_rl.algos import awac, cql, dqn, iql, td3_bc
 from ooo_rl.algos import sac as sampling
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import session, settings
@@ -43,6 +43,7 @@ from ooo_rl.data.runs.sweep import grid
         (td3_bc, "policy-every=1.5", "--policy-every must be a whole number"),
         (cql, "offline-ratio=1.5", "--offline-ratio must be at most 1"),
         (cql, "offline-ratio=-1", "a share below 0 means no share"),
+        (dqn, "online-lr=1e-3", "--online-lr is where lr begins online; change lr"),
         (awac, "offline-ratio=0.5", "a share below 0 means no share; set --offline-ratio to begin with"),
     ],
 )

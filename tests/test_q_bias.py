@@ -11,7 +11,7 @@ from test_sac import static_of
 from training import trained
 
 from ooo_rl import envs
-from ooo_rl.algos import iql, sac
+from ooo_rl.algos import iql, off2onrl, sac
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.ends import EndsByReward
 from ooo_rl.data.runs.evaluation import check_q_bias, judge
@@ -97,6 +97,19 @@ def test_a_run_reports_both_for_each_seed_and_evaluation(tmp_path):
     np.testing.assert_allclose(rows["predicted_q"][-2:], expected, rtol=1e-4)
     results = run.result.results["phases"]["online"]
     np.testing.assert_allclose(results["predicted_q"], expected, rtol=1e-4)
+
+
+def test_an_ensemble_reports_its_own_value(tmp_path):
+    """Off2OnRL's Q is the mean over members, which is what its policy climbs."""
+    run = trained(
+        off2onrl, env="probe-constant-reward", q_bias=True, num_seeds=1, hidden=(8,), critic_hidden=(8,),
+        num_members=3, batch_size=8, num_envs=4, utd_ratio=0.25, offline_steps=0, online_steps=32,
+        learning_starts=4, eval_every=32, eval_episodes=3, runs_dir=str(tmp_path), name="it",
+    )  # fmt: skip
+    agent = jax.tree.map(lambda x: x[0], run.result.agents["agent"])
+    obs = jnp.zeros((1, 1))
+    q = off2onrl.ensemble_q(run.nets, agent.critic.params, obs, run.act(agent.actor.params, obs))
+    np.testing.assert_allclose(run.result.results["phases"]["online"]["predicted_q"], q, rtol=1e-4)
 
 
 def test_what_cannot_be_reported_is_refused():

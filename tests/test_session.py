@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import cql, iql
+from ooo_rl.algos import cql, iql, sac
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import settings
 from ooo_rl.data.runs.session import Session
@@ -183,6 +183,22 @@ def test_init_from_says_where_no_offline_rows_stay(sources, tmp_path, capsys, da
     args = small(iql, offline_steps=0, dataset=dataset, init_from=str(folder))
     opened(iql, iql.Args(**args, seed=3, runs_dir=str(tmp_path)))
     assert ("there are no offline rows" in capsys.readouterr().out) == (dataset == "auto")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"reward_scale": 10.0, "reward_bias": -5.0}, "reward-scale=1, here 10; reward-bias=0, here -5"),
+        ({"end_reward": jnp.inf}, "end-reward=-inf, here inf"),
+    ],
+)
+def test_init_from_says_where_q_values_mean_something_else(sources, tmp_path, capsys, changes, said):
+    """SAC after CQL must be given CQL's rewards, else every Q-value is wrong."""
+    folder, _ = sources("cql")
+    opened(sac, sac.Args(**small(sac), **changes, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
+    printed = capsys.readouterr().out
+    assert f"its Q-values mean something else ({said})" in printed if said else "Q-values" not in printed
 
 
 def test_init_from_refuses_what_is_no_start(sources, tmp_path):

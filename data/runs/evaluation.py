@@ -84,8 +84,8 @@ class Evaluator:
         def play(actor, key, *, record):
             return rollout(env, lambda obs: act(actor, obs), key, args.eval_episodes, record)
 
-        def play_and_judge(actor, critic, hyper, key, *, module, record):
-            policy, value = partial(act, actor), lambda *given: module.apply(critic, *given).min(axis=0)
+        def play_and_judge(actor, critic, hyper, key, *, q_of, record):
+            policy, value = partial(act, actor), partial(q_of, critic)
             tally = rollout(env, policy, key, args.eval_episodes, record, hyper.discount)
             return judge(tally, policy, value, hyper)
 
@@ -111,13 +111,14 @@ class Evaluator:
         return position
 
     def with_q(
-        self, actors: Any, module: Any, critics: Any, hyper: Any, keys: jax.Array, record: bool
+        self, actors: Any, q_of: Callable, critics: Any, hyper: Any, keys: jax.Array, record: bool
     ) -> dict[str, Any]:
         """The same for `--q-bias`, with predicted_q and q_bias [runs, episodes] (see `judge`).
 
-        Q is the least of the `critics`: parameters [runs, ...] of `module`. hyper: traced settings [runs].
+        `q_of(critic, obs, action)` is one run's Q [B]. critics: parameters [runs, ...]; hyper: traced
+        settings [runs].
         """
-        return self.judged(actors, critics, hyper, keys, module=module, record=record)
+        return self.judged(actors, critics, hyper, keys, q_of=q_of, record=record)
 
     def __call__(self, actors: Any, keys: jax.Array, record: bool = False) -> dict[str, Any]:
         if not self.args.eval_env:

@@ -63,6 +63,9 @@ def check_online_change(args: Any) -> None:
             near = ", ".join(difflib.get_close_matches(name, traced, n=3) or traced)
             known = "is fixed when the program compiles" if hasattr(args, name) else "is no setting"
             raise UsageError(f"{said}: {name} {known}; what can change is {near}")
+        if name.removeprefix("online_") in traced.keys() - {name}:
+            offline = flag(name.removeprefix("online_"))[2:]
+            raise UsageError(f"{said}: {flag(name)} is where {offline} begins online; change {offline}")
         if name in bounds:
             check_value(name, new, bounds[name])
         if name == RATIO and min(new, args.offline_ratio) < 0:

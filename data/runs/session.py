@@ -50,7 +50,7 @@ from ooo_rl.data.runs.folder import (
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
 from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, filled, mesh_for, place, real, scan_mean
-from ooo_rl.data.runs.settings import read_config, resolved, to_json
+from ooo_rl.data.runs.settings import other_values, read_config, resolved, to_json
 from ooo_rl.data.runs.sweep import grid
 from ooo_rl.data.runs.tracking import Tracker, open_tracker
 
@@ -142,6 +142,7 @@ class Session:
         eval_keys = jax.vmap(lambda key: jax.random.fold_in(key, EVALUATION))(first_keys)
         self.eval_keys = place(eval_keys, self.mesh, RUNS)
         self.programs: list[Compiled] = []
+        self.q_of: dict[str, Callable] = {}  # agent -> its Q-value, where a script has its own
         self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
         self.failed: dict[int, str] = {}  # run -> why it was stopped
         self.largest_reward = self._scaled(*self.card.get("reward_range", ()))  # [runs], seen so far
@@ -198,7 +199,7 @@ class Session:
 
         With 0, or without a dataset, it stays as it is.
         """
-        if not return_range or not _has_scale(self, f"--return-range {return_range:g}"):
+        if not return_range or not _has_scale(self, f"--return-range {return_range:g}", ", or use 0"):
             return self.hyper
         worst, best = self.card["return_quantiles"][0], self.card["return_quantiles"][-1]
         if best <= worst:
@@ -212,9 +213,10 @@ class Session:
     def scaled_to_max(self, max_reward: float) -> Any:
         """`hyper` with a reward_scale that makes the dataset's largest reward `max_reward`.
 
-        With 0, or without a dataset, it stays as it is.
+        With 0, or without a dataset, it stays as it is. An agent of another run has values within the bounds
+        that its data's rewards give, so it needs these data.
         """
-        if not max_reward or not _has_scale(self, f"--max-reward {max_reward:g}"):
+        if not _has_scale(self, "the bounds of V", "") or not max_reward:
             return self.hyper
         largest = self.card["reward_range"][1]
         if largest <= 0:
@@ -308,6 +310,8 @@ class Session:
             agent, said = load_agent(self.args.init_from, self.labels, like)
         if self.args.dataset == "none":  # as --offline-steps 0 has it, unless a dataset is named
             said += "; there are no offline rows, since no --dataset is named"
+        if differ := other_values(self.args.init_from, self.args):
+            said += f"; its Q-values mean something else ({'; '.join(differ)}): give both the same settings"
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
         return state.replace(**{name: self._placed(agent)})
 
@@ -422,13 +426,19 @@ class Session:
         self.folder.log(phase, step, metrics)
         self.tracker(phase, step, metrics)
 
+    def _q_of(self, agent: str) -> Callable:
+        """(critic, obs, action) -> Q [B] of an agent: the script's `q_of`, or the least of its critics."""
+        if agent not in self.q_of:
+            module = getattr(self.nets, agent, self.nets).critic  # of this agent, where agents differ
+            self.q_of[agent] = lambda critic, *given: module.apply(critic, *given).min(axis=0)
+        return self.q_of[agent]
+
     def _evaluate(self, chunk: Chunk, actor: Any, trained: Any) -> None:
         """Plays the policy; logs what came out, and keeps it as the phase's result so far."""
         step, recorded = chunk.start + chunk.length, chunk.last and self.evaluate.has_map
         if self.args.q_bias:
-            module = getattr(self.nets, chunk.agent, self.nets).critic  # of this agent, where agents differ
             hyper = online_hyper(self.args, self.hyper, step) if chunk.acts else self.hyper
-            given = actor, module, trained.critic.params, hyper, self.eval_keys
+            given = actor, self._q_of(chunk.agent), trained.critic.params, hyper, self.eval_keys
             tally = self.evaluate.with_q(*given, record=recorded)
         else:
             tally = self.evaluate(actor, self.eval_keys, record=recorded)
@@ -571,13 +581,14 @@ class Session:
         self.console.print(report.table(self))
 
 
-def _has_scale(session: Session, asked: str) -> bool:
-    """Whether there are data, by which rewards can be scaled as `asked`.
+def _has_scale(session: Session, asked: str, other: str) -> bool:
+    """Whether there are data, whose rewards give what is `asked`.
 
-    An agent that another run has trained has learnt scaled rewards, so it cannot go on without them.
+    An agent that another run has trained has learnt with it, so it cannot go on without them, unless there is
+    an `other` way.
     """
     if session.data is None and session.args.init_from:
-        raise UsageError(f"{asked} with --init-from: name the --dataset of that run, or use 0")
+        raise UsageError(f"{asked} with --init-from: name the --dataset of that run{other}")
     return session.data is not None
 
 

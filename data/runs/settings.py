@@ -317,6 +317,9 @@ def _resumed(args_type: type, named: dict[str, Any]) -> Any:
     )
 
 
+OF_VALUES = "discount", "reward_scale", "reward_bias", "return_range", "max_reward", "end_reward"
+
+
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by name, the traced ones among the others."""
     hyper = settings.get("hyper", {})
@@ -373,3 +376,10 @@ def export_id(args: Any, label: RunLabel) -> str:
     """The Minari id under which `--export` writes one run's experience."""
     setting = "".join("-" + re.sub(r"[^\w-]", "_", word.replace("=", "-")) for word in label.setting.split())
     return f"{args.export}-seed{label.seed}{setting}-v0"
+
+
+def other_values(folder: str, ours: Any) -> list[str]:
+    """The settings that give Q-values another meaning in the run in `folder`, as "name=theirs, here ours"."""
+    theirs, ours = _flat(read_config(folder, "--init-from")["settings"]), _flat(vars(ours))
+    names = (name for name in OF_VALUES if name in theirs and name in ours and theirs[name] != ours[name])
+    return [f"{name.replace('_', '-')}={theirs[name]:g}, here {ours[name]:g}" for name in names]

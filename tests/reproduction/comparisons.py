@@ -196,11 +196,14 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "CQL": "--hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 12000 --online-steps 19200 "
                "--utd-ratio 0.25",
     } for task in ("complete", "mixed")},
+    ("gde", "point-mass-wall"): {
+        "ALL": "--num-envs 48", "DATA": "--dataset own",
+        **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR"), ""),
+    },
+    # here IQL's offline policy solves nothing, and so there is nothing to fine-tune
     ("gde", "antmaze-umaze-diverse"): {
         **LOCOMOTION, "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 20 --checkpoint-every 5000",
-        "DATA": "--dataset own", "AWAC": "--offline-steps 10000 --batch-size 256",
-        "PRIOR": "--offline-steps 10000", "OFTEN": "--eval-every 5000 --eval-episodes 5",
-        "TRIALS": "--trial-every 10000 --trial-steps 2100",  # three episodes; as in the paper, a fifth of the steps
+        "DATA": "--dataset own", **dict.fromkeys(("TRIALS", "OFTEN", "AWAC", "PRIOR"), ""),
     },
     **{(comparison, f"{body}-{data}"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/{data}-v0", **more,
