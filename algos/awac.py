@@ -9,8 +9,8 @@ Departures. The paper divides exp(A / beta) by an unknown Z(s), and leaves it ou
 rlkit ac45a9d) takes the softmax of A / beta over the batch, times its size; so do we. Critics take their step
 first, and the policy sees them, as in the paper's algorithm 1 and in jaxrl; rlkit takes all gradients before
 any step. For the hands, rlkit clamps both critics at 0, which leaves an output above 0 without a gradient;
-we clamp their target (`--target-max`). It also ignores terminations there; ours has none with the binary
-reward. Networks start orthogonal, their last layers small; rlkit's start uniform, their last layers small.
+we clamp their target (`--target-max`). It also ignores terminations there; ours have none but in tasks named
+`-ending`. Networks start orthogonal, their last layers small; rlkit's start uniform, their last layers small.
 
     python algos/awac.py
     python algos/awac.py --env hopper --dataset ooo/hopper/medium-v0

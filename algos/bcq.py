@@ -7,9 +7,9 @@ Values of actions that no data show cannot be trusted. So BCQ chooses among acti
 - The policy takes the candidate whose first Q is the largest. There is no network for the action itself.
 - The target takes the best of ten candidates at s', by 0.75 of the lesser of two Qs and 0.25 of the larger.
 
-BCQ-ft is the same losses on offline and online rows in one buffer: a baseline of Off2OnRL's paper. Acting is
-random as it is in the official code, through the latents; a policy without a key has fixed ones, the same at
-all states, so that it is a function.
+BCQ-ft is the same losses on offline and online rows in one buffer: a baseline of Off2OnRL's paper. Online
+the policy draws new latents at each step, as in the official code. Evaluation always takes the same ones, so
+that the policy is a function of the state.
 
 Departures from the official code (sfujim/BCQ 4876f7e): networks start orthogonal, their last layers small.
 Online, of which the paper has nothing and Off2OnRL's paper no details: no noise beside that of the latents.

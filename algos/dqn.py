@@ -2,7 +2,7 @@
 
 A network gives the values of all actions at once; the best of them is the policy. DQN (Mnih et al., Nature
 518, 2015) fits Q(s, a) to r + discount * max Q_target(s', .). CQL (Kumar et al., arXiv 2006.04779) adds
-alpha * (log sum exp Q(s, .) - Q(s, a)): actions that no data show are worth no more than those which some do.
+alpha * (log sum exp Q(s, .) - Q(s, a)): actions outside the data get no larger values than those in the data.
 There is one alpha for each phase, `--cql-weight` offline and `--online-cql-weight` online; with 0, CQL is
 DQN. So CQL can be fine-tuned with its own loss, or as DQN from the same parameters (GDE's Figure 2).
 

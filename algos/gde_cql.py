@@ -5,7 +5,7 @@ with CQL's losses, and is evaluated and saved; the best that was tried of it is 
 
 Departures. The explorer's Q is that of CQL's policy, the least of the critics. tanh squashes both policies'
 Gaussians alike, which leaves their divergence as it is. The paper has CQL's weight at 5 and two hidden
-layers; critics have three here, to fit a run of cql.py. All else is as in cql.py and gde_iql.py.
+layers; critics have three here, in mazes four, to fit a run of cql.py. All else is as there and in gde_iql.py.
 
     python algos/gde_cql.py
     python algos/gde_cql.py --env hopper --init-from runs/cql/hopper/mine --offline-steps 0
@@ -81,7 +81,7 @@ class Args(Experiment):
     trial_every: Size = 2_500
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 1_000
-    """of these, steps of the trial, with which they begin"""
+    """the first of these steps, which are the trial"""
     without: Literal["nothing", "exploiter", "explorer"] = "nothing"
     """ablation: the explorer alone acts, is tried and is evaluated; or the exploiter alone acts"""
     teacher: Literal["best", "fixed", "none"] = "best"

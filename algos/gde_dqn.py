@@ -75,7 +75,7 @@ class Args(Experiment):
     trial_every: Size = 10_000
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 800
-    """of these, steps of the trial, with which they begin; an episode of each environment at most"""
+    """the first of these steps, which are the trial; only an episode of each environment counts"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all networks"""
     hyper: Hyper = Hyper()

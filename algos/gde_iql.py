@@ -85,7 +85,7 @@ class Args(Experiment):
     trial_every: Size = 2_500
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 1_000
-    """of these, steps of the trial, with which they begin"""
+    """the first of these steps, which are the trial"""
     without: Literal["nothing", "exploiter", "explorer"] = "nothing"
     """ablation: the explorer alone acts, is tried and is evaluated; or the exploiter alone acts"""
     teacher: Literal["best", "fixed", "none"] = "best"

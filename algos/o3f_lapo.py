@@ -12,7 +12,7 @@ those of the data, and the policy climbs Q through it. Two things are O3F's:
 
 Departures. There is no official code. The paper does not give the size of the subset; 2 is REDQ's. The policy
 climbs the first critic, as in LAPO's code; REDQ's would climb the mean. Ranking asks the critics, not their
-slow copies. Candidates are clipped to [-1, 1] before they are ranked. Offline it is LAPO, with five critics.
+slow copies. Candidates are clipped before. The CVAE's weights use the critics as they are after their step.
 
     python algos/o3f_lapo.py
     python algos/o3f_lapo.py --env hopper --dataset ooo/hopper/medium-v0 --sweep omega=0,1

@@ -66,7 +66,7 @@ class Hyper(Traced):
     ratio_temperature: Positive = 5.0
     """T: priorities are w^(1/T); the larger it is, the more alike they are"""
     online_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.5
-    """share of online rows in the first batches: new rows have the priority that makes it so"""
+    """share of online rows in the first batches; it sets the priority of new rows"""
 
 
 @dataclass(frozen=True)

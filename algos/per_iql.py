@@ -2,10 +2,10 @@
 
 Offline this is IQL (iql.py). Online, too, but for the rows that it learns from. Offline and online rows lie
 in one buffer, and each has a priority: its last TD error |delta| to the power alpha. A batch is drawn in
-proportion to the priorities, so rows that the critics predict badly come more often. Rows that came too often
-for it get less weight in the critics' loss: (N P(i))^-beta, over the largest of the batch. A drawn row is its
-return of `--n-steps` steps and what it bootstraps from. This is how the paper of guided decoupled exploration
-(GDE) uses it, as one of its ways to go on with the offline data (its Table 5).
+proportion to the priorities, so rows that the critics predict badly come more often. Rows that are drawn
+often get less weight in the critics' loss, to correct for it: (N P(i))^-beta, over the largest of the batch.
+A drawn row is its return of `--n-steps` steps and what it bootstraps from. This is how the paper of guided
+decoupled exploration (GDE) uses it, as one of its ways to go on with the offline data (its Table 5).
 
 What is chosen here, where no code tells. |delta| is the mean of the two critics', before the gradient step.
 Value and policy learn from the drawn rows without weights. Offline rows begin with priority 1, which is the

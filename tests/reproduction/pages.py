@@ -106,10 +106,11 @@ Budgets and networks are a small share of the papers', except for tasks whose na
 these have the paper's own. [All runs](results/runs.md) are on one page, with regret and commands.
 
 A and B are the two policies that a claim compares, in this order: IQM over seeds, with the 95 %
-stratified-bootstrap interval. The chance is that of a seed of A to beat one of B; that some seeds
-of A began as seeds of B is not used. A claim is confirmed, at this budget, if the interval of the
-chance lies above one half, and contradicted, at this budget, if it lies below. With three seeds
-this asks that nearly all pairs agree, and says nothing about how large the difference is.
+stratified-bootstrap interval. The chance is the probability that a random seed of A ends above a
+random seed of B. Some runs of A start from the agents of B, seed by seed; the test does not use
+that. A claim is confirmed, at this budget, if the interval of the chance lies above one half, and
+contradicted, at this budget, if it lies below. With three seeds this asks that nearly all pairs
+agree, and says nothing about how large the difference is.
 
 {head}
 {papers}

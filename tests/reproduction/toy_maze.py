@@ -50,6 +50,8 @@ class Args:
     """more flags of the offline run, for a shorter experiment"""
     online: str = ""
     """more flags of the others"""
+    gde: str = ""
+    """more flags of GDE, after those: its trials"""
 
 
 def folder_of(args: Args, run: str) -> pathlib.Path:
@@ -59,7 +61,7 @@ def folder_of(args: Args, run: str) -> pathlib.Path:
 def command(args: Args, run: str) -> list[str]:
     """The command line of one run."""
     script, flags, _ = RUNS[run]
-    more = args.offline if run == "offline" else args.online
+    more = args.offline if run == "offline" else f"{args.online} {args.gde if run == 'gde' else ''}"
     words = [*flags.replace("OFFLINE", str(folder_of(args, "offline"))).split(), *more.split()]
     return [f"algos/{script}.py", "--env", "toy-maze", "--num-seeds", str(args.seeds), *words,
             "--eval-every", "5000", "--checkpoint-every", "25000",
