@@ -5,7 +5,7 @@ with CQL's losses, and is evaluated and saved; the best that was tried of it is 
 
 Departures. The explorer's Q is that of CQL's policy, the least of the critics. tanh squashes both policies'
 Gaussians alike, which leaves their divergence as it is. The paper has CQL's weight at 5 and two hidden
-layers; critics have three here, in mazes four, to fit a run of cql.py. All else is as there and in gde_iql.py.
+layers; critics have three here, four in mazes, to fit a run of cql.py. All else as in cql.py and gde_iql.py.
 
     python algos/gde_cql.py
     python algos/gde_cql.py --env hopper --init-from runs/cql/hopper/mine --offline-steps 0

@@ -65,7 +65,7 @@ class Args(Experiment):
     """JSRL: train offline with IQL, then let that policy guide a second one online."""
 
     eval_every: Steps = 10_000
-    """steps between evaluations, online of both policies together, too, for the stages; 0: a quarter"""
+    """steps between evaluations, online of both policies together, too; 0: a quarter of the phase"""
     buffer_size: Steps = 100_000
     """online rows kept, a multiple of num_envs; 0: all"""
     offline_ratio: Annotated[float, Bounds(at_most=1)] = 0.25
