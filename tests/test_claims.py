@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -246,6 +247,20 @@ def test_what_takes_days_is_made_only_by_name(monkeypatch):
         w for line in claims.__doc__.splitlines() if "--only " in line for w in [line.split("--only ")[1]]
     ]
     assert all(any(c.name.startswith(name) for c in claims.CLAIMS) for name in named) and named
+
+
+def test_no_two_runs_of_a_task_came_out_alike():
+    """A defect put back where nothing uses it leaves the numbers of the run without it. Policies that never
+    earn anything are alike.
+    """
+    for comparison, task in BUDGETS:
+        found: dict[str, str] = {}
+        for run in COMPARISONS[comparison]:
+            record = records.read(comparison, task, run)
+            returns = record and json.dumps([curve["return"] for curve in record["curves"].values()])
+            if returns and len(set(re.findall(r"-?[\d.]+(?=[,\]])", returns))) > 1:
+                assert returns not in found, (task, run, found[returns])
+                found[returns] = run
 
 
 def test_the_pages_are_those_of_the_records():

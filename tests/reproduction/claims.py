@@ -134,18 +134,18 @@ CLAIMS = [  # most worth per hour first
         "ours", f"{name} with one environment ends above {name} with {n}",
         "num_envs", (f"{method}_1", "online"), (f"{method}_{n}", "online"))],
     # defects of official codes, put back into our scripts
-    *[claim for run, (task, what, method) in {
-        "rnd_twice": (WALL, "RND's error normalised twice", "iql"),
-        "one_ring": (MAZE, "one ring of 500,000 rows", "iql"),
-        "still_rnd": (WALL, "an RND that does not learn", "cal_ql"),
-    }.items() for word, name in [(run.replace("_", "-"), "OOO(IQL)" if method == "iql" else "OOO(Cal-QL)")]
+    *[claim for run, (task, what, name, method, mended) in {
+        "rnd_twice": (WALL, "RND's error normalised twice", "OOO(IQL)", "iql", "ooo_iql_rnd"),
+        "one_ring": (MAZE, "one ring of 500,000 rows", "OOO(IQL)", "iql", "ooo_iql"),
+        "still_rnd": (WALL, "an RND that does not learn", "OOO(Cal-QL)", "cal_ql", "ooo_cal_ql"),
+    }.items() for word in [run.replace("_", "-")]
       for claim in [
         Claim(f"defect-{word}", "OOO's code", f"{name} ends above {name} with {what}", "ooo", task,
-              (f"ooo_{method}", "retrained"), (run, "retrained")),
+              (mended, "retrained"), (run, "retrained")),
         Claim(f"defect-{word}-base", "OOO's code", f"{name} with {what} ends above {name[4:-1]}", "ooo", task,
               (run, "retrained"), (method, "online")),
         Claim(f"defect-{word}-explorer", "OOO's code", f"the explorer of {name} ends above that with {what}",
-              "ooo", task, (f"ooo_{method}", "online"), (run, "online")),
+              "ooo", task, (mended, "online"), (run, "online")),
     ]],
     *on_all("defect-raw-online", {CHEETAH: SCORE},
             "IQL's code", "IQL ends above IQL whose online rewards are not scaled as the data's are", "gde",
