@@ -317,7 +317,10 @@ def _resumed(args_type: type, named: dict[str, Any]) -> Any:
     )
 
 
-OF_VALUES = "discount", "reward_scale", "reward_bias", "return_range", "max_reward", "end_reward"
+OF_VALUES = {  # what gives a Q-value its meaning, and what a script that lacks the setting does
+    "discount": None, "reward_scale": 1.0, "reward_bias": 0.0, "return_range": 0.0, "max_reward": 0.0,
+    "end_reward": ends.AS_GIVEN,
+}  # fmt: skip
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -381,5 +384,5 @@ def export_id(args: Any, label: RunLabel) -> str:
 def other_values(folder: str, ours: Any) -> list[str]:
     """The settings that give Q-values another meaning in the run in `folder`, as "name=theirs, here ours"."""
     theirs, ours = _flat(read_config(folder, "--init-from")["settings"]), _flat(vars(ours))
-    names = (name for name in OF_VALUES if name in theirs and name in ours and theirs[name] != ours[name])
-    return [f"{name.replace('_', '-')}={theirs[name]:g}, here {ours[name]:g}" for name in names]
+    pairs = ((name, theirs.get(name, other), ours.get(name, other)) for name, other in OF_VALUES.items())
+    return [f"{flag(name)[2:]}={old:g}, here {new:g}" for name, old, new in pairs if old != new]

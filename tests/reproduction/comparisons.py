@@ -77,7 +77,7 @@ GDE = {
     "awac": Run("awac", "NETS CRITICS DATA AWAC ONLINE", {"offline": "AWAC, offline", "online": "AWAC"}),
     "jsrl": Run("jsrl", "NETS DATA ONLINE OFTEN AFTER_pre", {"online": "JSRL"}),
     "qdagger": Run("qdagger", "NETS DATA ONLINE OFTEN AFTER_pre", {"online": "QDagger"}),
-    "pex": Run("pex", "NETS DATA ONLINE AFTER_pre", {"online": "PEX"}),
+    "pex": Run("pex", "NETS DATA ONLINE PEX AFTER_pre", {"online": "PEX"}),
     "re_iql": Run("gde_iql", "NETS DATA ONLINE AFTER_pre --without exploiter --teacher none "
                   "--trial-every 1000000 --trial-steps 1", {"online": "ReIQL"}),
     "bp_iql": Run("bp_iql", "NETS DATA ONLINE FROM_pre --offline-learns prior PRIOR", {"online": "BpIQL"}),
@@ -179,7 +179,8 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "CQL": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64 "
                "--num-samples 4 --offline-steps 5000",
         "CQL_RETRAIN": "--retrain-steps 10000",
-        "SAC": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64",
+        "SAC": "--online-steps 200000 --utd-ratio 0.03125 --hidden 64 64 --critic-hidden 64 64 --reward-scale 10 "
+               "--reward-bias -5",  # CQL's, whose critics go on
         "RLPD": "--online-steps 200000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128 --policy-every 1",
         "RLPD_RETRAIN": "--retrain-steps 25000",
         "TD3": "--online-steps 400000 --utd-ratio 0.0625 --hidden 128 128 --critic-hidden 128 128",
@@ -188,8 +189,9 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
     # the paper's own budget and networks, which are the scripts' settings: for a GPU
     ("ooo", "maze2d-large-missing-data-full"): {
         "ENV": "maze2d-large-missing-data", "HALVES": "--retrain-at 250000 500000",
+        "SAC": "--reward-scale 10 --reward-bias -5",
         **dict.fromkeys(("ALL", "IQL", "IQL_RETRAIN", "CQL", "CQL_RETRAIN", "RLPD", "RLPD_RETRAIN", "TD3",
-                         "TD3_RETRAIN", "SAC"), ""),
+                         "TD3_RETRAIN"), ""),
     },
     **{("ooo", f"kitchen-{task}"): {
         "ALL": "--num-envs 32 --eval-episodes 5 --eval-every 12000 --checkpoint-every 3000",
@@ -200,19 +202,20 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
     } for task in ("complete", "mixed")},
     ("gde", "point-mass-wall"): {
         "ALL": "--num-envs 48", "DATA": "--dataset own",
-        **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR"), ""),
+        **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX"), ""),
     },
     # here IQL's offline policy solves nothing, and so there is nothing to fine-tune
     ("gde", "antmaze-umaze-diverse"): {
         **LOCOMOTION, "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 20 --checkpoint-every 5000",
-        "DATA": "--dataset own", **dict.fromkeys(("TRIALS", "OFTEN", "AWAC", "PRIOR"), ""),
+        "DATA": "--dataset own", **dict.fromkeys(("TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX"), ""),
     },
     **{(comparison, f"{body}-{data}"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/{data}-v0", **more,
     } for body in ("halfcheetah", "hopper", "walker2d") for comparison, datasets, more in [
         ("gde", ("medium",), {
             "AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
-            "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5", "TRIALS": ""}),
+            "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5", "TRIALS": "",
+            "PEX": "--return-range 1000 --expectile 0.7 --temperature 3"}),  # IQL's, whose critics go on
         ("o3f", ("medium",), {
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
             "MANY": "--online-steps 2500 --checkpoint-every 500"}),
