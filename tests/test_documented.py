@@ -45,7 +45,7 @@ def test_each_command_is_taken(script):
             words = words.replace("mjx-warp", "mjx")
         try:
             args = settings.parse(method.Args, shlex.split(words))
-            if getattr(args, "return_range", 0) or getattr(args, "max_reward", 0):
+            if getattr(args, "return_range", 0) or hasattr(args, "max_reward"):
                 data = None if args.dataset == "none" else "some"
                 session._has_scale(SimpleNamespace(data=data, args=args), "a scale", "")
         except (settings.UsageError, SystemExit) as error:

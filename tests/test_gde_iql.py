@@ -303,7 +303,7 @@ def test_a_share_of_offline_rows_needs_some(script):
     with pytest.raises(UsageError, match=r"--offline-ratio 0\.5 needs --dataset, and it is none"):
         script.train(script.Args(**args, **given))
     changing = given | {"online_change": ("offline-ratio=0.5",)}
-    with pytest.raises(UsageError, match="--online-change offline-ratio: with n-step returns this share"):
+    with pytest.raises(UsageError, match="--online-change offline-ratio: here this share is fixed"):
         script.train(script.Args(**args | {"offline_ratio": 0.0}, **changing))
 
 

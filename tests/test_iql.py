@@ -88,7 +88,7 @@ def test_the_learning_rate_decays_over_this_phase_alone(monkeypatch):
 def test_scripts_on_iql_have_its_settings(name, env):
     def of(script):
         args = script.Args(env=env)
-        shared = "offline_steps", "dropout", "end_reward"
+        shared = "offline_steps", "dropout", "end_reward", "return_range"
         traced = "discount", "expectile", "temperature", "reward_scale", "reward_bias", "target_rate"
         return [getattr(args, x) for x in shared] + [getattr(args.hyper, x) for x in traced]
 

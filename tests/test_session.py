@@ -191,12 +191,16 @@ def test_init_from_says_where_no_offline_rows_stay(sources, tmp_path, capsys, da
         ({}, ""),
         ({"reward_scale": 10.0, "reward_bias": -5.0}, "reward-scale=1, here 10; reward-bias=0, here -5"),
         ({"end_reward": jnp.inf}, "end-reward=-inf, here inf"),
+        ({"return_range": 1000.0}, "return-range=0, here 1000"),  # CQL has no such setting
     ],
 )
 def test_init_from_says_where_q_values_mean_something_else(sources, tmp_path, capsys, changes, said):
     """SAC after CQL must be given CQL's rewards, else every Q-value is wrong."""
     folder, _ = sources("cql")
-    opened(sac, sac.Args(**small(sac), **changes, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
+    script = iql if "return_range" in changes else sac
+    args = small(script, offline_steps=0, critic_hidden=(8, 8)) | changes
+    opened(script, script.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
+
     printed = capsys.readouterr().out
     assert f"its Q-values mean something else ({said})" in printed if said else "Q-values" not in printed
 
