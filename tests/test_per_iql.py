@@ -112,7 +112,7 @@ def test_the_offline_phase_is_that_of_iql():
     state, rows, _ = begun()
     plain, hyper = iql.State(state.agent, None, None, state.key), per_iql.Hyper(**SETTINGS)
     ours, theirs = (
-        jax.jit(partial(script.pretrain_chunk, static, length=3))(start, hyper, rows)[0]
+        jax.jit(partial(script.pretrain_chunk, static, length=3))(start, hyper, rows, 0)[0]
         for script, start in ((per_iql, state), (iql, plain))
     )
     for a, b in zip(jax.tree.leaves(ours.agent), jax.tree.leaves(theirs.agent), strict=True):
