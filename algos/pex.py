@@ -416,12 +416,10 @@ FAMILIES = {
         hidden=(32, 32), discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3, critic_lr=3e-3,
         value_lr=3e-3, target_rate=0.05, actor_decay="none", offline_steps=0, online_steps=3_000,
         learning_starts=160),
-        ("halfcheetah", "hopper", "walker2d", "ant"): dict(expectile=0.9, temperature=10),
+    ("halfcheetah", "hopper", "walker2d", "ant"): dict(expectile=0.9, temperature=10),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
-
-        "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
+    "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
     "antmaze-large-goal-missing": dict(offline_steps=500_000),
-
     "maze2d": dict(
         expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000, online_steps=500_000),
     "kitchen": dict(

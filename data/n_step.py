@@ -76,8 +76,6 @@ def n_step(hyper: Any, rows: Linked, index: jax.Array, added: jax.Array, stride:
 
 def check_share(args: Any, card: dict) -> None:
     """Raises UsageError if `--offline-ratio` asks for rows of a dataset that cannot give them."""
-    if any(word.startswith(("offline-ratio=", "offline_ratio=")) for word in args.online_change):
-        raise UsageError("--online-change offline-ratio: here this share is fixed when the program compiles")
     if args.offline_ratio and card["id"] == "none":
         raise UsageError(f"--offline-ratio {args.offline_ratio:g} needs --dataset, and it is none; use 0")
     if args.offline_ratio and args.online_steps:

@@ -200,7 +200,6 @@ def test_init_from_says_where_q_values_mean_something_else(sources, tmp_path, ca
     script = iql if "return_range" in changes else sac
     args = small(script, offline_steps=0, critic_hidden=(8, 8)) | changes
     opened(script, script.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
-
     printed = capsys.readouterr().out
     assert f"its Q-values mean something else ({said})" in printed if said else "Q-values" not in printed
 

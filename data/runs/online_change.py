@@ -68,6 +68,8 @@ def check_online_change(args: Any) -> None:
             raise UsageError(f"{said}: {flag(name)} is where {offline} begins online; change {offline}")
         if name in bounds:
             check_value(name, new, bounds[name])
+        if name == RATIO and hasattr(args, "n_steps"):
+            raise UsageError(f"{said}: with n-step returns this share is fixed when the program compiles")
         if name == RATIO and min(new, args.offline_ratio) < 0:
             raise UsageError(f"{said}: a share below 0 means no share; set {flag(RATIO)} to begin with, too")
         if args.online_change_over:
