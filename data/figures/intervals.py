@@ -61,7 +61,7 @@ def score_intervals(panels: Sequence[ScorePanel], path: str | pathlib.Path) -> N
             for panel in column:
                 top -= panel.height
                 box = left, top + LABEL, AXIS, ROW * len(panel.policies)
-                _panel(figure.add_axes(np.divide(box, (width, height) * 2)), panel)
+                _panel(figure.add_axes(np.divide(box, (width, height) * 2)), panel, name - MARGIN)
             left += AXIS + MARGIN
         figure.legend(handles=_legend(panels), loc="lower center", ncols=4)
         save(figure, path)
@@ -75,8 +75,8 @@ def _columns(panels: Sequence[ScorePanel]) -> list[list[ScorePanel]]:
     return columns
 
 
-def _panel(ax: Axes, panel: ScorePanel) -> None:
-    """One row per policy, the best at the top."""
+def _panel(ax: Axes, panel: ScorePanel, names_width: float) -> None:
+    """One row per policy, the best at the top. The title begins where names do: long ones have room."""
     found = {name: aggregates.summarise(np.asarray(x, float)) for name, x in panel.policies.items()}
     names = sorted(found, key=lambda name: np.nan_to_num(found[name]["iqm"], nan=-np.inf))
     for y, name in enumerate(names):
@@ -86,7 +86,7 @@ def _panel(ax: Axes, panel: ScorePanel) -> None:
         ax.plot(seeds, np.full(len(seeds), y), "o", color=COLORS[0], markerfacecolor=face, markersize=4)
         ax.plot(each["iqm"], y, "|", color=COLORS[1], markersize=11, markeredgewidth=1.8)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel=panel.measure)
-    ax.set_title(panel.title, color=INK, loc="left")
+    ax.set_title(panel.title, color=INK, loc="left", x=-names_width / AXIS)
     ax.tick_params(axis="y", length=0)
 
 

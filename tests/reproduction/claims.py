@@ -205,8 +205,7 @@ def main() -> None:
                 elif not records.path_of(*key, made).exists():
                     records.keep(*key, made, folder)
             pages.write(CLAIMS)
-    pages.write(CLAIMS)
-    print(*(path.relative_to(tables.REPO) for path in (pages.CLAIMS_PAGE, pages.RUNS_PAGE, pages.FIGURE)))
+    print(*(path.relative_to(tables.REPO) for path in pages.write(CLAIMS)))
     if failed:
         raise SystemExit(f"error: no result from {', '.join(dict.fromkeys(failed))}; see {args.logs}/")
 

@@ -1,4 +1,4 @@
-"""The pages of results, from the records alone: docs/results.md, docs/results/runs.md, a figure and a table.
+"""The pages of results, from the records alone: docs/results.md, two longer ones, a figure and a table.
 
 The verdict on a claim comes from the chance that a seed of the one policy beats a seed of the other (Agarwal et
 al. 2021). If the 95 % stratified-bootstrap interval of this chance is above one half, the claim is confirmed;
@@ -7,6 +7,7 @@ below, it is contradicted; else it is not confirmed. With three seeds this asks 
 
 import csv
 import io
+import pathlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from ooo_rl.data.figures import aggregates
 from ooo_rl.data.figures.intervals import ScorePanel, score_intervals
 
 CLAIMS_PAGE = records.FOLDER.with_suffix(".md")
+DETAILS_PAGE = records.FOLDER / "claims.md"
 RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
@@ -25,6 +27,7 @@ TITLES = {
     "ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "num_envs": "Number of environments",
 }  # fmt: skip
 PHASES = "offline", "online", "retrained"
+VERDICTS = "confirmed", "not confirmed", "contradicted", "not tested"
 
 
 @dataclass(frozen=True)
@@ -66,54 +69,75 @@ def verdict(better: np.ndarray, worse: np.ndarray) -> tuple[str, str]:
     return said, f"{chance:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def line(claim: Claim) -> str:
-    """The row of a tested claim."""
+def values_of(claim: Claim) -> list[np.ndarray] | None:
+    """What the seeds of both policies reached; None if a run is missing."""
     found = [scores(claim, policy) for policy in (claim.better, claim.worse)]
+    return None if any(values is None for values in found) else found
+
+
+def line(claim: Claim) -> str:
+    """The row of a tested claim, with all that its verdict comes from."""
+    found = values_of(claim)
     said, chance = verdict(*found)
     task = f"{claim.task}, {claim.measure.replace('normalized_', '')}"
     cells = [claim.place, claim.says, task, *map(tables.cell, map(list, found))]
     return f"| {' | '.join([*cells, chance, said])} |"
 
 
+def short_table(claims: list[Claim]) -> str:
+    """A row per claim, with its tasks in the columns of their verdicts."""
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for claim in claims:
+        cells = rows.setdefault((claim.place, claim.says), {said: [] for said in VERDICTS})
+        if found := values_of(claim):
+            reached = [f"{aggregates.summarise(v)['iqm']:#.3g}".rstrip(".") for v in found]
+            cells[verdict(*found)[0]].append(f"{claim.task} ({', '.join(reached)})")
+        else:
+            cells["not tested"].append(claim.task)
+    head = f"| source | claim | {' | '.join(VERDICTS)} |\n{'|---' * (2 + len(VERDICTS))}|"
+    lines = [
+        f"| {place} | {says} | {' | '.join('; '.join(cells[said]) for said in VERDICTS)} |"
+        for (place, says), cells in rows.items()
+    ]
+    return "\n".join([head, *lines])
+
+
+def counts(claims: list[Claim]) -> str:
+    """How many claims of each paper have which verdict, a task each."""
+    of: dict[str, list[str]] = {}
+    for claim in claims:
+        found = values_of(claim)
+        of.setdefault(claim.place.split(",")[0], []).append(verdict(*found)[0] if found else "not tested")
+    head = f"| paper | {' | '.join(VERDICTS)} |\n|---{'|--:' * len(VERDICTS)}|"
+    lines = [
+        f"| {paper} | {' | '.join(str(said.count(each)) for each in VERDICTS)} |"
+        for paper, said in of.items()
+    ]
+    return "\n".join([head, *lines])
+
+
 def claims_page(claims: list[Claim]) -> str:
     """docs/results.md."""
-    tested = [c for c in claims if all(scores(c, policy) is not None for policy in (c.better, c.worse))]
     papers, defects, num_envs = (
-        "\n".join(line(c) for c in tested if c.section == section)
-        for section in ("papers", "defects", "num_envs")
+        [c for c in claims if c.section == section] for section in ("papers", "defects", "num_envs")
     )
-    head = "| source | claim | task, measure | A | B | chance | verdict |\n|---|---|---|---|---|---|---|"
-    if defects:
-        defects = f"""
-## Does it matter that defects of official codes are mended?
-
-Each method's page names the defects that our script does not have. Here some are put back, one at a
-time: a copy of the script is changed in one place and run, or a flag does it. [All
-runs](results/runs.md) show what was changed.
-
-{head}
-{defects}
-"""
-    missing: dict[tuple[str, str], list[str]] = {}
-    for claim in claims:
-        if claim not in tested:
-            missing.setdefault((claim.place, claim.says), []).append(claim.task)
-    left = "\n".join(f"| {place} | {says} | {', '.join(tasks)} |" for (place, says), tasks in missing.items())
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
 Budgets and networks are a small share of the papers', except for tasks whose name ends in `-full`:
-these have the paper's own. [All runs](results/runs.md) are on one page, with regret and commands.
+these have the paper's own. Three seeds each, if [all runs](results/runs.md) does not say otherwise.
 
-A and B are the two policies that a claim compares, in this order: IQM over seeds, with the 95 %
-stratified-bootstrap interval. The chance is the probability that a random seed of A ends above a
-random seed of B. Some runs of A start from the agents of B, seed by seed; the test does not use
-that. A claim is confirmed, at this budget, if the interval of the chance lies above one half, and
-contradicted, at this budget, if it lies below. With three seeds this asks that nearly all pairs
-agree, and says nothing about how large the difference is.
+{counts(papers)}
 
-{head}
-{papers}
+A claim says that a policy A ends above a policy B. Each of its tasks stands in the column of its
+verdict, with the scores of A and B in brackets: IQM over seeds. The verdict comes from the chance
+that a random seed of A ends above a random seed of B, and its 95 % stratified-bootstrap interval.
+If the interval lies above one half, the claim is confirmed, at this budget; if below, contradicted,
+at this budget. With three seeds nearly all pairs have to agree, and nothing is said about how large
+the difference is. [All verdicts](results/claims.md) has the intervals, and [all
+runs](results/runs.md) the commands.
+
+{short_table(papers)}
 
 ## All scores
 
@@ -121,24 +145,46 @@ The best policy of each task is at the top. Tasks have axes of their own. The sc
 normalised one, and the return where a task has none; so a measure may differ from that of a claim.
 
 ![Scores of all runs, task by task](figures/results.png)
-{defects}
+
+## Does it matter that defects of official codes are mended?
+
+Each method's page names the defects that our script does not have. Here some are put back, one at a
+time: a copy of the script is changed in one place and run, or a flag does it. [All
+runs](results/runs.md) show what was changed.
+
+{short_table(defects)}
+
 ## Does it cost anything that many environments act side by side?
 
 `--num-envs` is our main lever on speed. Steps of the environment and updates are alike here. If one
 environment ended above many, the many would cost something. "Not confirmed" says that no such
 difference was seen with three seeds, and "contradicted" that many did better.
 
-{head}
-{num_envs}
+{short_table(num_envs)}
 
-## Not tested yet
+## What is not tested yet
 
-A run is missing. `python tests/reproduction/claims.py` makes it; tasks that end in `-full` take
-days without a GPU and are made only by name, `--only full- --seeds 5`.
+`python tests/reproduction/claims.py` makes the runs that are missing. Tasks that end in `-full`
+take days without a GPU and are made only by name, `--only full- --seeds 5`.
+"""
 
-| source | claim | tasks |
-|---|---|---|
-{left}
+
+def details_page(claims: list[Claim]) -> str:
+    """docs/results/claims.md."""
+    lines = "\n".join(line(claim) for claim in claims if values_of(claim))
+    return f"""# All verdicts
+
+This page is written by `python tests/reproduction/claims.py`, from the records beside it. The
+[short form](../results.md) says what the verdicts mean.
+
+A and B are the two policies that a claim compares, in this order: IQM over seeds, with the 95 %
+stratified-bootstrap interval. The chance is the probability that a random seed of A ends above a
+random seed of B. Some runs of A start from the agents of B, seed by seed; the test does not use
+that.
+
+| source | claim | task, measure | A | B | chance | verdict |
+|---|---|---|---|---|---|---|
+{lines}
 """
 
 
@@ -258,9 +304,21 @@ def seeds_csv() -> str:
     return text.getvalue()
 
 
-def write(claims: list[Claim]) -> None:
-    """Writes both pages, the figure and the table of seeds."""
+def texts(claims: list[Claim]) -> dict[pathlib.Path, str]:
+    """What is written from the records, but for the figure."""
+    return {
+        CLAIMS_PAGE: claims_page(claims),
+        DETAILS_PAGE: details_page(claims),
+        RUNS_PAGE: runs_page(),
+        SEEDS: seeds_csv(),
+    }
+
+
+def write(claims: list[Claim]) -> list[pathlib.Path]:
+    """Writes the pages, the figure and the table of seeds; returns their paths."""
     records.FOLDER.mkdir(exist_ok=True)
-    for path, text in {SEEDS: seeds_csv(), CLAIMS_PAGE: claims_page(claims), RUNS_PAGE: runs_page()}.items():
+    written = texts(claims)
+    for path, text in written.items():
         path.write_text(text)
     score_intervals(panels(), FIGURE)
+    return [*written, FIGURE]
