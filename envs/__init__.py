@@ -144,12 +144,12 @@ def _make_users(name: str, physics: str, settings: dict) -> Env:
         settings = {**settings, "physics": physics}
     elif physics != "auto":
         raise ValueError(f"{name} has no parameter `physics`; leave --physics auto, not {physics}")
-    env = task(**settings)
-    missing = [
-        part
-        for part in ("reset", "step", "observation_size", "action_size", "horizon")
-        if not hasattr(env, part)
-    ]
+    # A class that lacks a part of brax's contract cannot even be called.
+    missing = sorted(getattr(task, "__abstractmethods__", ()))
+    if not missing:
+        env = task(**settings)
+        parts = "reset", "step", "observation_size", "action_size", "horizon"
+        missing = [part for part in parts if not hasattr(env, part)]
     if missing:
         raise ValueError(
             f"{name} is not an environment: it has no {', '.join(missing)}; "
@@ -161,6 +161,8 @@ def _make_users(name: str, physics: str, settings: dict) -> Env:
 def _imported(name: str) -> Callable[..., Env]:
     """The class or function `my_package.my_module:MyTask`; the working directory is searched as well."""
     module, _, attribute = name.partition(":")
+    if not module or module.startswith("."):
+        raise ValueError(f"{name!r} names no module to import; write --env my_module:MyTask")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

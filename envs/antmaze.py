@@ -10,12 +10,13 @@ two ants:
 step, torque  0.1 s, up to 30 N m                            0.05 s, up to 150 N m
 contacts      solimp 0.8 0.8 0.01                            MuJoCo's default
 coordinates   origin in the start cell, y grows with rows    origin in the maze's centre, y falls with rows
-start         start cell + U(-0.1, 0.1)                      start cell + U(-1, 1)
+start         start cell + U(-0.1, 0.1)                      start cell + U(-1, 1) + U(-0.1, 0.1)
 goal          goal cell + U(0, 1) + U(0, 0.5)                goal cell + U(-1, 1)
 goal radius   0.5                                            0.45
 ============  =============================================  ===============================================
 
-Lengths are in metres, and U is drawn per axis. Both ants are built from Gymnasium's ant.xml, with two more
+Lengths are in metres, and U is drawn per axis. An episode ends at its goal, in gymnasium-robotics only with
+`continuing_task=False`. Both ants are built from Gymnasium's ant.xml, with two more
 edits. Contact margins are halved (envs/locomotion.py says why). And MJX examines only the `MAX_PAIRS`
 nearest geom pairs of each type for contact. Up to 7 pairs touched at once, and the farthest of them was the
 14th nearest at most (docs/antmaze.md).
@@ -138,7 +139,7 @@ class AntMaze(PhysicsTask):
         qpos = jnp.asarray(self.model.qpos0) + noise
         start = jnp.asarray(self.centre(self.cells("R")[0]), float)
         wide = jax.random.uniform(place_key, (2,), minval=-1.0, maxval=1.0)
-        qpos = qpos.at[:2].set(start + (noise[:2] if self.ant == "d4rl" else wide))
+        qpos = qpos.at[:2].set(start + noise[:2] + (0.0 if self.ant == "d4rl" else wide))
         goal = self.draw_goal(goal_key) if self.fixed_goal is None else self.fixed_goal
         return AntAndGoal(self.put(qpos, 0.1 * jax.random.normal(velocity, (14,))), goal)
 

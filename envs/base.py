@@ -1,16 +1,17 @@
 """The environment contract: brax's functional API, with separate flags for termination and truncation.
 
 An environment has two pure functions, `reset(key) -> State` and `step(state, action) -> State`. `Env` and
-`State` are brax's, so brax's trainers run on it. It is unbatched and can be vmapped. An action is a vector
-[action_size] in [-1, 1], or one whole number if the environment is `discrete`.
+`State` are brax's. It is unbatched and can be vmapped. An action is a vector [action_size] in [-1, 1], or one
+whole number if the environment is `discrete`. brax's trainers run on it, wrapped by `Restarting` of
+data/recipes/train_policy.py: brax's own wrapper would call a time limit a termination.
 In addition to brax's contract:
 
 * `info["termination"]`, `info["truncation"]`: float32 0/1. Only a termination ends the return; after a
   truncation, the value of the next observation still counts. `done` is the maximum of the two (but see
   `--end-reward`, which can end a return within an episode).
-* `info["broken"]`: float32 0/1, whether the physics gave a number that is not finite, or one beyond
-  `BROKEN`. The episode is truncated there. Its last observation and reward are placeholders (the previous
-  observation, and 0), and no learner may train on them.
+* `info["broken"]`: float32 0/1, whether the action or the physics gave a number that is not finite, or the
+  physics one beyond `BROKEN`. The episode is truncated there. Its last observation and reward are
+  placeholders (the previous observation, and 0), and no learner may train on them.
 * `metrics["success"]`: float32 0/1, whether the task is solved in this state (0 if it defines no success).
 * `discrete`: whether an action is one of the numbers 0, 1 ... `action_size` - 1, int32 []. An environment
   without this attribute is continuous.
@@ -78,7 +79,8 @@ class Task(Env):
     def begin(self, inner: Any) -> State:
         """Starts an episode in the given inner state."""
         zero = jnp.zeros(())
-        # The name is `elapsed`, because brax's EpisodeWrapper keeps its own counter under `steps`.
+        # Steps of the running episode; 0 after its end, so that a reset which leaves `info` alone, as brax's
+        # does, starts a new count. The name is `elapsed`, because brax has a counter of its own, `steps`.
         info = {"termination": zero, "truncation": zero, "broken": zero, "elapsed": jnp.int32(0)}
         return State(inner, self.observe(inner), zero, zero, {"success": zero}, info)
 
@@ -87,21 +89,24 @@ class Task(Env):
         inner, reward, termination, success = self.advance(state.pipeline_state, action)
         obs, elapsed = self.observe(inner), state.info["elapsed"] + 1
         sound = (jnp.abs(obs) < BROKEN).all() & (jnp.abs(reward) < BROKEN)  # False for NaN, too
+        sound &= jnp.isfinite(action).all()  # C MuJoCo would take no action in place of such a one
         as_number = lambda flag: jnp.asarray(flag, state.reward.dtype)  # noqa: E731
+        termination, success = jnp.asarray(termination, bool), jnp.asarray(success, bool)
         termination = as_number(termination & sound)
         truncation = as_number((elapsed >= self.horizon) | ~sound) * (1 - termination)
+        done = jnp.maximum(termination, truncation)
         return state.replace(
             pipeline_state=inner,
             obs=jnp.where(sound, obs, state.obs),
             reward=jnp.where(sound, as_number(reward), 0.0),
-            done=jnp.maximum(termination, truncation),
+            done=done,
             metrics={**state.metrics, "success": as_number(success & sound)},
             info={
                 **state.info,
                 "termination": termination,
                 "truncation": truncation,
                 "broken": as_number(~sound),
-                "elapsed": elapsed,
+                "elapsed": jnp.where(done > 0, 0, elapsed),
             },
         )
 

@@ -106,6 +106,8 @@ class Maze2D(Task):
         return jnp.concatenate([cell + noise, START_SPEED * jax.random.normal(speed_key, (2,), float)])
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array) -> State:
+        if jnp.shape(qpos) != (2,) or jnp.shape(qvel) != (2,):
+            raise ValueError(f"needs qpos (2,) and qvel (2,), not {jnp.shape(qpos)} and {jnp.shape(qvel)}")
         return self.begin(jnp.concatenate([jnp.asarray(qpos, float), jnp.asarray(qvel, float)]))
 
     def advance(self, inner: jax.Array, action: jax.Array):

@@ -17,7 +17,8 @@ class PhysicsTask(Task):
 
     `root` names the body whose position (x, y) becomes `Body.place`. With None, `place` is the first
     coordinate of qpos, which the rewards of planar bodies use. `frame_skip` is the number of physics steps
-    per environment step. Every actuator needs a control range: actions are mapped to it.
+    per environment step. Every actuator needs a control range: actions are mapped to it. Raises ValueError
+    for a model with an actuator that has none, or that has a state of its own.
     """
 
     def __init__(
@@ -28,10 +29,16 @@ class PhysicsTask(Task):
         root: str | None = None,
         scene: Scene | None = None,
     ):
+        low, high = model.actuator_ctrlrange.T
+        if without := [model.actuator(i).name or f"number {i}" for i in range(model.nu) if low[i] >= high[i]]:
+            raise ValueError(
+                f"the model's actuator {without[0]} has no control range, and actions are mapped to that; "
+                "give it a ctrlrange"
+            )
         self.engine = make_engine(physics, model, frame_skip, root, scene)
         self.model, self.frame_skip = model, frame_skip
         self.dt = frame_skip * model.opt.timestep  # seconds of one environment step
-        self.control_low, self.control_high = model.actuator_ctrlrange.T
+        self.control_low, self.control_high = low, high
 
     def control(self, action: jax.Array, inner: Any = None) -> jax.Array:
         """Actuator controls [nu] of an action [nu] in [-1, 1]: the linear map to the control ranges.

@@ -9,13 +9,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
 
 from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
-from ooo_rl.envs import antmaze, locomotion
+from ooo_rl.envs import antmaze, locomotion, physics_task
 from ooo_rl.envs.engines import physics
 from ooo_rl.envs.rollout import rollout
 
@@ -201,6 +202,8 @@ def test_antmaze_goals_and_starts_lie_where_d4rl_puts_them():
     assert len(np.unique(jax.jit(jax.vmap(lambda key: fixed.start(key).goal))(keys[:5]), axis=0)) == 1
     assert envs.make("antmaze-umaze").horizon == 700 and env.horizon == 1000
     centred = envs.make("antmaze-umaze-gymnasium")
+    starts = np.asarray(jax.jit(jax.vmap(lambda key: centred.start(key).body.qpos[:2]))(keys)) - [-4, 4]
+    assert 1.0 < np.abs(starts).max() <= 1.1, "the cell's noise, and the ant's own"
     np.testing.assert_allclose(centred.centre((1, 1)), [-4, 4])
     qpos, goal = jnp.asarray(env.model.qpos0, float), jnp.array([0.3, 0.0])
     reached = jax.jit(lambda goal: env.step(env.reset_to(qpos, jnp.zeros(14), goal), jnp.zeros(8)))(goal)
@@ -325,6 +328,30 @@ def test_a_broken_world_is_reset_counted_and_never_stored():
     np.testing.assert_array_equal(ring.obs[3:], jnp.stack([state.obs[2]] * 3))
 
 
+@pytest.mark.parametrize("name", ["antmaze-umaze", "door"])
+def test_an_action_that_is_no_number_breaks_its_world_and_no_other(name):
+    """C MuJoCo plays no action in its place, and the rewards of these tasks do not show it."""
+    env = envs.make(name, physics="mujoco")
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), 3))
+    actions = jnp.zeros((3, env.action_size)).at[1, 2].set(jnp.nan)
+    reached = jax.jit(jax.vmap(env.step))(state, actions)
+    assert reached.info["broken"].tolist() == reached.done.tolist() == [0, 1, 0]
+    assert np.isfinite(reached.obs).all()
+
+
+def test_a_world_that_breaks_inside_c_leaves_the_others_alone():
+    env = envs.make("hopper", physics="mujoco")
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), 3))
+    qpos = jnp.stack([env.model.qpos0] * 3).at[:, 3].add(0.01)
+    put, step = jax.jit(jax.vmap(env.reset_to)), jax.jit(jax.vmap(env.step))
+    speed = jnp.zeros((3, env.model.nv)).at[1].set(1e9)
+    state, sound = put(qpos, speed), put(qpos, jnp.zeros_like(speed))
+    for action in jax.random.uniform(jax.random.PRNGKey(1), (5, 3, 3), minval=-1.0):
+        state, sound = step(state, action), step(sound, action)
+        np.testing.assert_array_equal(state.obs[jnp.array([0, 2])], sound.obs[jnp.array([0, 2])])
+    assert state.info["broken"].tolist() == [0, 1, 0]
+
+
 def test_c_mujoco_does_not_hide_a_divergence():
     env = envs.make("halfcheetah", physics="mujoco")
     step, state = jax.jit(env.step), jax.jit(env.reset_to)(env.model.qpos0, jnp.full(9, 1e9))
@@ -335,6 +362,10 @@ def test_c_mujoco_does_not_hide_a_divergence():
 
 
 # --- what is refused ---
+
+
+class Observed(physics_task.PhysicsTask):
+    observation_size = 1
 
 
 def test_bad_engines_and_models(tmp_path, monkeypatch):
@@ -349,6 +380,15 @@ def test_bad_engines_and_models(tmp_path, monkeypatch):
     (tmp_path / "broken.xml").write_text(xml)
     with pytest.raises(ValueError, match=r"broken.xml: MuJoCo refuses this model"):
         locomotion.load_spec(tmp_path / "broken.xml")
+    joint = "<worldbody><body><joint name='j' type='slide'/><geom size='1'/></body></worldbody>"
+    for actuator, message in {
+        "<motor joint='j' name='push'/>": "actuator push has no control range",
+        "<general joint='j' ctrlrange='-1 1' dyntype='filter' dynprm='1'/>": "the model has 1 actuator act",
+    }.items():
+        xml = f"<mujoco>{joint}<actuator>{actuator}</actuator></mujoco>"
+        for engine in ("mujoco", "mjx"):
+            with pytest.raises(ValueError, match=message):
+                Observed(mujoco.MjModel.from_xml_string(xml), 1, engine)
     with pytest.raises(ValueError, match="maze is one of umaze, medium, large, not 'huge'"):
         antmaze.AntMaze("huge")
     with pytest.raises(ValueError, match="did you mean antmaze-large-diverse"):

@@ -145,6 +145,9 @@ class Line(Task):
     def observe(self, inner):
         return inner
 
+class Unfinished(Task):
+    observation_size = 1
+
 LENGTH = 2
 nothing = lambda: LENGTH
 half = lambda: type("Half", (), {{"reset": None, "horizon": 3}})()
@@ -240,6 +243,9 @@ def test_a_name_that_no_folder_can_have_is_refused(own, name):
         ),
         ("own_tasks:Lime", "the module 'own_tasks' has no 'Lime'; write --env my_module:MyTask"),
         ("own_tasks:", "the module 'own_tasks' has no ''"),
+        (":Line", "':Line' names no module to import; write --env my_module:MyTask"),
+        (".own_tasks:Line", "'.own_tasks:Line' names no module to import"),
+        ("own_tasks:Unfinished", "own_tasks:Unfinished is not an environment: it has no action_size; docs/c"),
         ("own_tasks:LENGTH", "own_tasks:LENGTH is not an environment: it is neither a class nor a function"),
         (
             "own_tasks:nothing",
@@ -378,3 +384,14 @@ def test_brax_trains_on_it(monkeypatch):
         network_factory=functools.partial(networks.make_ppo_networks, **one_layer),
     )  # fmt: skip
     assert np.isfinite(metrics["eval/episode_reward"])
+
+
+def test_in_braxs_own_wrapper_each_episode_has_its_horizon():
+    """Its reset leaves `info` alone, where our count of steps is."""
+    from brax.envs.wrappers import training
+
+    env = training.wrap(envs.make("point-mass-wall", horizon=20), episode_length=100)
+    state = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), 1))
+    stay = lambda state, _: (reached := env.step(state, jnp.zeros((1, 2))), reached.done)  # noqa: E731
+    done = np.asarray(jax.jit(lambda state: jax.lax.scan(stay, state, None, 45)[1])(state))
+    assert np.flatnonzero(done).tolist() == [19, 39]

@@ -72,6 +72,15 @@ def test_a_strip_of_a_maze_shows_the_point_on_its_way(tmp_path):
     assert changed(strip[:height, :120], strip[-height:, :120]) > 0, "each episode has a start of its own"
 
 
+def test_the_toy_maze_whose_state_is_more_than_a_place_is_drawn_too():
+    env = envs.make("toy-maze", horizon=6)
+    pictures = list(render.frames(env, None, jax.random.PRNGKey(0), width=72, height=64))
+    assert len(pictures) == 7 and changed(pictures[0], pictures[-1]) > 0
+    (track,) = render.play(env, None, jax.random.PRNGKey(0))
+    x0, x1, y0, y1 = env.layout["bounds"]
+    assert (track.places >= [x0, y0]).all() and (track.places <= [x1, y1]).all()
+
+
 def test_the_point_is_drawn_where_it_is():
     env = envs.make("point-mass-wall")
     x0, x1, y0, y1 = env.layout["bounds"]

@@ -82,7 +82,7 @@ def play(env: Env, actor: Actor | None, key: jax.Array, episodes: int = 1, steps
     def place(state):
         inner = state.pipeline_state
         inner = getattr(inner, "body", inner)
-        return getattr(inner, "qpos", inner if env_model(env) else inner[:2])
+        return getattr(inner, "qpos", inner if env_model(env) else state.obs[:2])
 
     def step(state, key):
         reached = env.step(state, act(state.obs, key))
@@ -170,17 +170,10 @@ def draw_map(env: Env, track: Track, which: Iterable[int], width: int, height: i
         ax.imshow(filled, origin="lower", extent=(x0, x1, y0, y1), interpolation="nearest")
     for wall in layout["walls"]:
         ax.plot(*np.transpose(wall), color=INK, linewidth=3 * thin, solid_capstyle="round", zorder=3)
-    ax.add_patch(
-        Circle(
-            layout["goal"],
-            layout["goal_radius"],
-            facecolor=GOAL,
-            edgecolor=INK,
-            linewidth=0.8 * thin,
-            zorder=4,
-        )
-    )
-    ax.plot(*layout["goal"], "*", markersize=9 * thin, color=INK, markeredgewidth=0, zorder=5)
+    shape = {"facecolor": GOAL, "edgecolor": INK, "linewidth": 0.8 * thin, "zorder": 4}
+    for goal in layout.get("goals", [layout["goal"]]):
+        ax.add_patch(Circle(goal, layout["goal_radius"], **shape))
+        ax.plot(*goal, "*", markersize=9 * thin, color=INK, markeredgewidth=0, zorder=5)
     ax.plot(
         *track.places[0],
         "o",

@@ -93,10 +93,18 @@ class _Continuing(Wrapper):
 
     def step(self, state, action):
         reached = self.env.step(state, action)
-        late = jnp.float32(reached.info["elapsed"] >= self.env.horizon)
+        # At the goal, where the maze's own count begins anew, no episode ends here.
+        elapsed = state.info["elapsed"] + 1
+        late = jnp.float32(elapsed >= self.env.horizon)
         truncation = jnp.maximum(late, reached.info["broken"])
         return reached.replace(
-            done=truncation, info={**reached.info, "termination": 0 * truncation, "truncation": truncation}
+            done=truncation,
+            info={
+                **reached.info,
+                "termination": 0 * truncation,
+                "truncation": truncation,
+                "elapsed": elapsed,
+            },
         )
 
 

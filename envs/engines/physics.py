@@ -148,11 +148,17 @@ def resolve(physics: str) -> str:
 def make_engine(
     physics: str, model: mujoco.MjModel, frame_skip: int, root: str | None = None, scene: Scene | None = None
 ) -> Engine:
-    """Builds the engine `physics` (see `resolve`). Raises ValueError if it is unknown or not installed.
+    """Builds the engine `physics` (see `resolve`).
 
-    `root` names the body whose position (x, y) is `Body.place`; with None, `place` is qpos[:1].
+    Raises ValueError if it is unknown or not installed, or if it cannot carry the state of `model`. `root`
+    names the body whose position (x, y) is `Body.place`; with None, `place` is qpos[:1].
     """
     physics = resolve(physics)
+    if model.na:
+        raise ValueError(
+            f"the model has {model.na} actuator activations (filters, muscles, integrated set-points), a "
+            "part of its state that no engine here carries; give its actuators no dynamics"
+        )
     if physics == "mujoco":
         return CEngine(model, frame_skip, root, scene)
     if physics == "mjx-warp" and importlib.util.find_spec("warp") is None:
