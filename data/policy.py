@@ -46,11 +46,17 @@ import os
 import pathlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+# What numpy raises for what is no .npz of plain arrays: a pickle, a single array (.npy), a torn archive.
+NO_ARRAYS = (
+    OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 Policy = dict[str, np.ndarray]
 
@@ -320,8 +326,7 @@ def load(path: str | os.PathLike) -> Policy:
             policy = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        # numpy raises a different exception for a pickle, for a single array (.npy) and for a torn archive.
+    except NO_ARRAYS as error:
         raise ValueError(f"{path}: not an .npz file of plain arrays ({type(error).__name__})") from error
     if set(DAPG) <= set(policy):
         policy = _from_dapg(policy)

@@ -27,6 +27,9 @@ class Priorities:
     levels: tuple[jax.Array, ...]
 
 
+LARGEST = 1e30  # of a priority: sums of so many stay finite
+
+
 def create(priority: jax.Array, width: int = WIDTH) -> Priorities:
     """Priorities of rows that have those in `priority` [N], none below 0; 0 for rows that are not there yet.
 
@@ -44,14 +47,19 @@ def create(priority: jax.Array, width: int = WIDTH) -> Priorities:
 def update(priorities: Priorities, index: jax.Array, priority: jax.Array | float) -> Priorities:
     """`priorities` after the rows `index` [...] have got new ones, `priority` [...] or one number for all.
 
-    A priority that is not above 0 becomes 0, NaN included. A row may be named more than once; then the
-    largest of its new priorities counts, whatever the device.
+    A priority that is not above 0 becomes 0, NaN included, and one above `LARGEST` becomes that. A row may be
+    named more than once; then the largest of its new priorities counts, whatever the device.
     """
     lowest, *above = priorities.levels
     width, index = lowest.shape[1], index.reshape(-1)
     new = jnp.broadcast_to(priority, index.shape) if jnp.ndim(priority) == 0 else priority.reshape(-1)
     block, entry = index // width, index % width
-    levels = [lowest.at[block, entry].set(0.0).at[block, entry].max(jnp.where(new > 0, new, 0.0))]
+    levels = [
+        lowest.at[block, entry]
+        .set(0.0)
+        .at[block, entry]
+        .max(jnp.where(new > 0, jnp.minimum(new, LARGEST), 0.0))
+    ]
     for level in above:
         total = levels[-1][block].sum(axis=1)  # equal for all rows of a block, so their order is no matter
         block, entry = block // width, block % width

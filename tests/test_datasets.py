@@ -16,6 +16,7 @@ from minari.data_collector import EpisodeBuffer
 
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.datasets import validate, write
+from ooo_rl.data.datasets.card import print_card
 from ooo_rl.data.errors import DatasetError
 from ooo_rl.data.figures.paths import crossings
 from ooo_rl.data.recipes import library
@@ -291,6 +292,37 @@ def test_rows_in_no_order(tmp_path):
     assert "no time limits; an episode ends where" in data.card["notes"][0]
 
 
+@pytest.mark.parametrize(
+    "kinds", [(np.float64, np.float32), (np.float32, np.float64), (np.float64, np.float64)]
+)
+def test_observations_may_have_been_rounded_once(tmp_path, kinds):
+    """A walk of one episode, whose numbers one of two arrays has as float32."""
+    walk = 100 + np.random.default_rng(0).normal(size=(201, 3)).cumsum(axis=0)
+    arrays = {"observations": walk[:-1].astype(kinds[0]), "next_observations": walk[1:].astype(kinds[1])}
+    zeros = {"actions": np.zeros((200, 2)), "rewards": np.zeros(200), "terminals": np.zeros(200, bool)}
+    for more in ({}, {"timeouts": np.arange(200) == 199}):
+        data = load(save(tmp_path / "d.npz", arrays | zeros | more))
+        assert data.card["ordered"] and data.card["episodes"] == 1
+
+
+def test_the_card_tells_where_episodes_are_cut(tmp_path):
+    def card(name, cut):
+        arrays = flat(episodes((6, 6), (False, False)), True)
+        return load(save(tmp_path / name, arrays | {"timeouts": np.isin(np.arange(12), cut)})).card
+
+    one, two = card("one.npz", (5, 11)), card("two.npz", (2, 5, 11))
+    assert one["sha256"] == two["sha256"] and one["sha256_of_ends"] != two["sha256_of_ends"]
+
+
+def test_a_card_is_printed_with_its_brackets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "data[old]").mkdir()
+    arrays = flat(episodes(), True) | {"[/red]": np.zeros(12), "[bold]": np.zeros(12)}
+    print_card(load(save(tmp_path / "data[old]" / "d.npz", arrays)).card)
+    shown = capsys.readouterr().out
+    assert shown.count("data[old]/d.npz") == 2 and "not used: [/red], [bold]" in shown
+
+
 @pytest.mark.parametrize("key", ["terminals", "timeouts"])
 @pytest.mark.parametrize("value", [np.nan, 2, -1, 0.5])
 def test_flags_are_0_or_1(tmp_path, key, value):
@@ -395,8 +427,9 @@ def test_integers_in_one_column_are_discrete_actions(tmp_path, shape, kind):
     assert data.discrete and data.transitions.action.dtype == np.int32
     np.testing.assert_array_equal(data.transitions.action, values)
     assert data.card["discrete"] and data.card["action_size"] == 3
-    if len(shape) == 2:  # the user says that they are continuous
-        assert load(path, action_box=(0, 2)).card["discrete"] is None
+    continuous = load(path, action_box=(0, 2))  # as the user says
+    assert continuous.card["discrete"] is None
+    np.testing.assert_allclose(continuous.transitions.action[:3], [[-1], [0], [1]], atol=1e-4)
     for more in (3, 4):  # the data may lack some of an environment's actions
         validate.check_fits(data, 3, more, "toy", discrete=True)
     for wrong in ((3, 2, True), (2, 3, True), (3, 3, False)):
@@ -797,5 +830,19 @@ def test_exported_experience_comes_back(root):
         ))
     ]  # fmt: skip
     rows = Transition(*(x[:, 0] if i in (2, 4) else x for i, x in enumerate(fields)))
-    write.export_experience("ooo/test/export-v0", rows, 2, description="both")
+    write.export_experience("ooo/test/export-v0", rows, 2, 9, description="both")
     expect(load("ooo/test/export-v0"), own[0] + own[1])
+
+
+def test_episodes_that_are_cut_where_the_next_one_begins_stay_apart(root):
+    """A loop of four steps, played three times, which a horizon of 4 cuts at its start."""
+    obs = np.float32(np.tile([0, 1, 2, 1], 3))[:, None]
+    rows = Transition(obs, obs * 0, np.full(12, -1.0), np.roll(obs, -1, axis=0), np.ones(12))
+    write.export_experience("ooo/test/loop-v0", rows, 1, 4)
+    data = load("ooo/test/loop-v0")
+    assert np.bincount(data.episode).tolist() == [4, 4, 4] and data.truncation.sum() == 3
+
+
+def test_no_episode_is_no_dataset(root):
+    with pytest.raises(DatasetError, match="there is no complete episode to write; ask for more transitions"):
+        write.write_minari("ooo/test/none-v0", [], description="none")

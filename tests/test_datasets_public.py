@@ -189,6 +189,11 @@ def test_other_dictionaries_keep_all_keys(root, shapes, size):
     )
 
 
+def test_the_parts_of_a_tuple_stay_in_their_order():
+    parts = {f"_index_{i}": np.full((2, 1), i) for i in range(12)}
+    np.testing.assert_array_equal(public.flat_obs(parts, []), [range(12)] * 2)
+
+
 # --- D4RL's files ---
 
 

@@ -132,7 +132,17 @@ def test_what_is_no_archive_of_plain_arrays_is_refused(tmp_path):
     (tmp_path / "empty.npz").touch()
     saved(tmp_path / "whole.npz", random_layers())
     (tmp_path / "torn.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:600])
-    for name in ("array.npy", "pickle.npz", "text.npz", "empty.npz", "torn.npz", "."):
+    for kind, save in (("stored", np.savez), ("packed", np.savez_compressed)):
+        save(tmp_path / f"{kind}.npz", a=np.zeros(99))
+        damaged = bytearray((tmp_path / f"{kind}.npz").read_bytes())
+        if kind == "stored":
+            damaged[damaged.rindex(b"PK\x01\x02") + 10] = 97  # a way to compress that nobody knows
+        else:
+            damaged[45:60] = bytes(15)
+        (tmp_path / f"{kind}.npz").write_bytes(damaged)
+    for name in (
+        "array.npy", "pickle.npz", "text.npz", "empty.npz", "torn.npz", ".", "stored.npz", "packed.npz",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"not an \.npz file of plain arrays"):
             policy.load(tmp_path / name)
     with pytest.raises(ValueError, match="there is no such file"):

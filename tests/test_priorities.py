@@ -38,16 +38,16 @@ def lowest(tree, num_rows):
     spread=st.sampled_from([1.0, 1e-3, 1e6]),  # priorities that differ by up to twelve orders of magnitude
 )
 def test_updates_are_those_of_an_array(size, seed, spread):
-    """Each update names rows several times, and has priorities that are negative, zero or NaN."""
+    """Each update names rows several times, and has priorities that are negative, zero, NaN or infinite."""
     num_rows, width = size
     rng, expected = np.random.default_rng(seed), np.zeros(num_rows, np.float32)
     tree = priorities.create(jnp.zeros(num_rows), width)
     for _ in range(4):
         index = rng.integers(0, num_rows, 6)
-        new = np.float32(rng.choice([-1.0, 0.0, np.nan, 1.0, spread], 6) * rng.uniform(0.5, 1.5, 6))
+        new = np.float32(rng.choice([-1.0, 0.0, np.nan, np.inf, 1.0, spread], 6) * rng.uniform(0.5, 1.5, 6))
         tree = update(tree, index.reshape(2, 3), new.reshape(2, 3))
         expected[index] = 0
-        np.maximum.at(expected, index, np.nan_to_num(np.maximum(new, 0), nan=0.0))
+        np.maximum.at(expected, index, np.nan_to_num(np.maximum(new, 0), nan=0.0, posinf=priorities.LARGEST))
         np.testing.assert_array_equal(lowest(tree, num_rows), expected)
     if expected.any():
         drawn = np.asarray(draw(tree, (64,), jax.random.PRNGKey(seed % 1000)))

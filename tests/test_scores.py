@@ -33,7 +33,8 @@ WITHOUT = [
     "point-mass-wall", "point-mass-wall-sparse", "AdroitHandDoorSparse-v1", "door-binary-v0", "Pendulum-v1",
     "door_human_replayed.npz", "/home/ant/log.npz", "/data/pen/log-v0", "~/hopper-v0", "../kitchen/log.HDF5",
     "hopper.h5", "CartPole-v1", "Humanoid-v5", "ooo/point-mass-wall/over-v0", "maze2d-open-dense-v0", "none",
-    "",
+    "", "ant-walk", "my_tasks:Hopper", "AntMaze_UMazeDense-v4", "maze2d-eval-umaze-v1",
+    "bullet-halfcheetah-medium-v0",
 ]  # fmt: skip
 
 

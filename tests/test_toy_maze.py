@@ -138,6 +138,11 @@ def test_the_data_have_few_good_paths():
         assert e["actions"].dtype == np.int32 and e["actions"].min() >= 0 and e["actions"].max() < 5
 
 
+def test_few_rows_have_no_good_paths():
+    episodes = recipe.checkpoints(envs.make("toy-maze"), 9, 0, [])
+    assert sum(len(e["rewards"]) for e in episodes) == 9
+
+
 def test_data_of_policies_that_are_never_slow_cannot_be_made(monkeypatch):
     monkeypatch.setattr(recipe, "record", lambda *_: [{"rewards": np.zeros(9)}] * 2)
     with pytest.raises(UsageError, match="fewer than 3800 are fit"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ooo_rl.data.buffer import Transition
@@ -27,14 +28,12 @@ def make_card(
     """
     returns, lengths = np.bincount(episode, rows.reward), np.bincount(episode)
     quantiles = lambda x: [round(float(q), 4) for q in np.quantile(x, (0, 0.25, 0.5, 0.75, 1))]  # noqa: E731
-    digest = hashlib.sha256()
-    for array in (rows.obs, rows.action, rows.reward, rows.next_obs, rows.discount):
-        digest.update(array.tobytes())
+    columns = rows.obs, rows.action, rows.reward, rows.next_obs, rows.discount
     task = raw.dataset_id or name
     score = normalized_score(task, scored(task, rows.reward, episode).mean()) if raw.ordered else None
     low, high = map(action_box.plain, raw.box) if raw.box else (None, None)
     return {
-        "id": name, "source": source, "sha256": digest.hexdigest()[:16],
+        "id": name, "source": source, "sha256": _digest(*columns), "sha256_of_ends": _digest(truncation),
         "episodes": len(lengths), "transitions": len(episode),
         "obs_size": rows.obs.shape[1], "action_size": raw.choices or rows.action.shape[1],
         "discrete": bool(raw.choices) or None,
@@ -48,15 +47,25 @@ def make_card(
     }  # fmt: skip
 
 
+def _digest(*columns: np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of all bytes."""
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(column.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def print_card(card: dict) -> None:
     """Prints a card as a table; empty entries are left out."""
-    table = Table(title=f"dataset {card['id']}", show_header=False)
+    table = Table(title=escape(f"dataset {card['id']}"), show_header=False)
     for key, value in card.items():
-        if value not in (None, [], "") and key not in ("id", "ordered"):
+        if value not in (None, [], "") and key not in ("id", "ordered", "sha256_of_ends"):
             shown = (
                 ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
                 if isinstance(value, list)
                 else str(value)
             )
-            table.add_row(key.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else shown)
+            table.add_row(
+                key.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else escape(shown)
+            )
     Console().print(table)

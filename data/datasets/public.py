@@ -5,6 +5,7 @@ differ from D4RL's.
 """
 
 import pathlib
+import re
 
 import numpy as np
 
@@ -152,7 +153,8 @@ def flat_obs(node: np.ndarray | dict, found: list[str]) -> np.ndarray:
         if obs.shape[1:] in ((ANT,), (105,)) and position.shape[1:] == (2,):
             found.append(ANTMAZE)
             return np.concatenate([position, obs[:, :ANT]], axis=1)
-    keys = sorted(node)
+    by_number = all(re.fullmatch(r"_index_\d+", key) for key in node)  # Minari's names of a tuple's parts
+    keys = sorted(node, key=(lambda key: int(key.removeprefix("_index_"))) if by_number else None)
     found.append(f"dictionary observations flattened in the order {', '.join(keys)}")
     leaves = [flat_obs(node[key], found) for key in keys]
     return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)

@@ -31,31 +31,35 @@ REFERENCES = {
     "door": (-56.512833, 2880.5693087298737),
     "relocate": (-6.425911, 4233.877797728884),
 }
-WITHOUT = ("sparse", "binary")  # variants without a reference, since their returns are on another scale
+# Words of variants without a reference: their returns are on another scale, or D4RL gives none.
+WITHOUT = "sparse", "binary", "walk", "bullet", "eval"
 
 
 def reference(name: str) -> tuple[float, float] | None:
     """The (random, expert) return of the environment or dataset `name`; None if it has no reference.
 
     `name` is for example `hopper-medium-v2`, `D4RL/door/human-v2` or `AdroitHandDoor-v1`. The path of a file
-    has none, whatever words are in it, unless the file has the name that D4RL gives to its own.
+    has none, whatever words are in it, unless the file has the name that D4RL gives to its own. Nor has a
+    task that is imported from a module, as `my_tasks:Hopper`.
     """
     if files.is_file(name):
         name = public.d4rl_id(name)
-    elif name.startswith(("/", "~", ".")):
+    elif name.startswith(("/", "~", ".")) or ":" in name:
         return None
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"AdroitHand|Franka", "-", name).lower())
     if any(word in words.split("-") or words.endswith(word) for word in WITHOUT) or re.search(
         r"sparse", words
     ):
         return None
-    dense = "-dense" if "dense" in words else ""
+    dense = "dense" in words
     for family, scores in REFERENCES.items():
         task, _, size = family.removesuffix("-dense").partition("-")
         matches = re.search(rf"(^|-){task}(-|$)", words) and (
             not size or re.search(rf"(^|-){size}(-|$)", words)
         )
-        if matches and (task != "maze2d" or family.endswith("-dense") == bool(dense)):
+        if matches and task == "antmaze" and dense:
+            return None
+        if matches and (task != "maze2d" or family.endswith("-dense") == dense):
             return scores
     return None
 

@@ -106,7 +106,8 @@ def validate(
 
 def gaps(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
     """Whether the next observation of a row is not the observation of the next row: bools [N - 1]."""
-    exact = obs.dtype if obs.dtype.kind == "f" else np.float64
+    floats = [x.dtype for x in (obs, next_obs) if x.dtype.kind == "f"]
+    exact = min(floats, key=lambda kind: kind.itemsize, default=np.float64)  # the coarser of two has rounded
     with np.errstate(over="ignore", invalid="ignore"):
         difference = np.abs(np.asarray(next_obs[:-1], exact) - np.asarray(obs[1:], exact))
     return difference.max(axis=1, initial=0) > TOLERANCE
@@ -119,6 +120,8 @@ def _check_shapes(raw: Raw, source: str) -> None:
         array = getattr(raw, name)
         if array.ndim == 2 and array.shape[-1] == 1 and rank == 1:
             array = array[:, 0]
+        if array.ndim == 1 and name == "action" and rank == 2:
+            array = array[:, None]
         if array.ndim != rank or len(array) != n:
             raise DatasetError(
                 f"{source}: {name} has shape {array.shape}; "

@@ -91,12 +91,13 @@ def write_minari(
 
     Each episode has observations [T + 1, obs], actions [T, act] in [-1, 1], rewards, terminations and
     truncations [T]. If actions are discrete, `choices` is their number, and they are integers [T]. `recipe`
-    (plain types) says how the dataset was made, and goes into the metadata. D4RL's
-    reference scores go there too, if the id names a task that has them. Raises DatasetError if the id is
-    taken or not valid.
+    (plain types) says how the dataset was made, and goes into the metadata. D4RL's reference scores go there
+    too, if the id names a task that has them. Raises DatasetError without episodes, and for a taken or odd id.
     """
     root = datasets_root()
     check_free(dataset_id)
+    if not episodes:
+        raise DatasetError(f"{dataset_id}: there is no complete episode to write; ask for more transitions")
     if os.environ.get("MINARI_DATASETS_PATH", "").startswith("~"):  # Minari would make a folder named ~
         os.environ["MINARI_DATASETS_PATH"] = str(root)
     obs, spaces = episodes[0]["observations"].shape[1], gymnasium.spaces
@@ -144,6 +145,7 @@ def export_experience(
     dataset_id: str,
     rows: Transition,
     num_envs: int,
+    horizon: int,
     description: str = "",
     recipe: Any = None,
     choices: int = 0,
@@ -152,7 +154,7 @@ def export_experience(
 
     `choices` is the number of discrete actions, 0 if they are continuous.
 
-    The rows of an environment stay in one episode as long as nothing terminates, and as long as each next
+    At most `horizon` rows of an environment stay in one episode, as long as nothing terminates, and each next
     observation is the observation of the environment's next row.
     """
     episodes = []
@@ -164,7 +166,9 @@ def export_experience(
             )
         )
         goes_on = (own.discount[:-1] > 0) & (own.next_obs[:-1] == own.obs[1:]).all(axis=1)
-        cuts = [0, *(np.flatnonzero(~goes_on) + 1), len(own.reward)]
+        ends = [0, *(np.flatnonzero(~goes_on) + 1), len(own.reward)]
+        # An episode may be cut off in the very state in which the next one begins.
+        cuts = [*(cut for a, b in itertools.pairwise(ends) for cut in range(a, b, horizon)), ends[-1]]
         # Continuous actions are clipped, as the environment got them.
         action = own.action if choices else np.clip(own.action, -1, 1)
         for a, b in itertools.pairwise(cuts):

@@ -56,7 +56,7 @@ def load_demonstrations(path: str, env: Hand) -> Demonstrations:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except policy.NO_ARRAYS as error:
         raise ValueError(f"{path}: not an .npz file of plain arrays ({error})") from None
     needed = "actions", "episode_lengths", "init_qpos", "init_qvel", *env.demonstrated
     if missing := [key for key in needed if key not in arrays]:

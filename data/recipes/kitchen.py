@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ooo_rl.data import policy
 from ooo_rl.data.datasets.write import cut_to, episode
 from ooo_rl.data.recipes import knobs
 from ooo_rl.data.recipes.recipe import Recipe
@@ -45,7 +46,7 @@ def load_demonstrations(path: str, env: Kitchen) -> Demonstrations:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except policy.NO_ARRAYS as error:
         raise ValueError(f"{path}: not an .npz file of plain arrays ({error})") from None
     needed = {"qpos": env.model.nq, "qvel": env.model.nv, "ctrl": env.model.nu}
     if missing := [key for key in (*needed, "episode_ends") if key not in arrays]:

@@ -48,6 +48,8 @@ def play_one_of(env: envs.Env, actors: list, transitions: int, seed: int, keeps:
         return actions[memory], memory, jnp.bool_(False)
 
     choose = lambda state, key: jax.random.randint(key, (), 0, len(actors))  # noqa: E731
+    if not transitions:  # of so few rows the good paths have none
+        return []
     for asked in (transitions * 4**times for times in range(4)):
         *complete, _ = record(env, choose, act, asked, seed)  # the last one is cut
         kept = [episode for episode in complete if keeps(episode)]

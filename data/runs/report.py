@@ -47,7 +47,8 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
             about = f"{session.method} exploring {session.task}"
             how = {"description": about, "recipe": str(session.folder.path)}
             choices = session.action_size if args.actions == "discrete" else 0
-            write.export_experience(dataset, rows, args.num_envs, **how, choices=choices)
+            worlds = args.num_envs, session.env.horizon
+            write.export_experience(dataset, rows, *worlds, **how, choices=choices)
 
 
 def draw(session: Any, ring: Transition | None, collected: int, stages: tuple[str, ...]) -> dict:
