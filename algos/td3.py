@@ -40,7 +40,7 @@ from ooo_rl.data.learner import Learner, Moments, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
 
 @struct.dataclass
@@ -435,8 +435,6 @@ def make_plan(args: Args) -> list[Phase]:
 def make_nets(session: Session) -> Nets:
     """The networks, or the reason why the settings do not go together."""
     args = session.args
-    if args.frozen_bonus and args.intrinsic == "none":
-        raise UsageError("--frozen-bonus needs --intrinsic rnd, the bonus to freeze")
     rnd = MLP((512, 512, 512) if args.rnd_variant == "paper" else (512, 512))
     actor = Actor(args.hidden, session.action_size, args.variant == "code")
     return Nets(actor, Critic(args.critic_hidden), rnd)

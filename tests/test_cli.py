@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooo_rl.algos import dqn, iql, ooo_iql
+from ooo_rl.algos import dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, td3
 from ooo_rl.data.datasets import write as dataset_files
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import plan, session
@@ -322,7 +322,7 @@ def test_a_dataset_alone_needs_no_environment_and_brings_its_family(name, spelli
 )
 def test_the_path_of_a_file_or_folder_chooses_no_settings(path):
     args = parse("--dataset", path, "--online-steps", "0")
-    assert (args.dropout, args.offline_steps) == (0.0, 500_000)
+    assert (args.dropout, args.offline_steps) == (0.0, 1_000_000)
 
 
 def test_help_shows_what_is_in_force(capsys):
@@ -504,3 +504,51 @@ def test_changing_one_setting_keeps_the_others():
 def test_an_unknown_setting_names_the_near_ones():
     with pytest.raises(UsageError, match="there is no setting 'expectil'; did you mean expectile"):
         iql.Args(expectil=0.5)
+
+
+@pytest.mark.parametrize("module", [ooo_iql, ooo_cal_ql, ooo_rlpd, td3])
+def test_without_a_bonus_none_can_be_frozen(module):
+    args = module.Args(env="probe-all", dataset="none", offline_steps=0, frozen_bonus=True, intrinsic="none")
+    with pytest.raises(UsageError, match="--frozen-bonus needs --intrinsic rnd"):
+        cli.resolved(args)
+
+
+def test_an_empty_resume_is_none():
+    for words in (["--resume", ""], ["--resume="]):
+        assert parse(*words, "--env", "maze2d-umaze", module=iql, families=iql.FAMILIES) == parse(
+            "--env", "maze2d-umaze", module=iql, families=iql.FAMILIES
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"keep": "nothing"}, "--keep must be one of all, none, best, not 'nothing'"),
+        ({"actor_decay": "Cosine"}, "--actor-decay must be one of"),
+        ({"track": "tensorbord"}, "--track must be one of"),
+        ({"online_steps": 960.0}, "--online-steps must be a whole number, not 960.0"),
+        ({"num_seeds": 2.5}, "--num-seeds must be a whole number, not 2.5"),
+        ({"num_seeds": True}, "--num-seeds must be a whole number, not True"),
+        ({"hidden": 64}, "--hidden must be a tuple, not 64"),
+        ({"dataset": pathlib.Path("x.npz")}, "--dataset must be a string"),
+        ({"name": None}, "--name must be a string, not None"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_python(setting, message):
+    with pytest.raises(UsageError, match=message):
+        cli.resolved(iql.Args(**{"env": "probe-match-obs", "dataset": "none", "offline_steps": 0} | setting))
+
+
+def test_numbers_of_numpy_are_numbers():
+    args = iql.Args(env="probe-match-obs", num_seeds=np.int64(2), expectile=np.float32(0.5))
+    cli.check_bounds(args)
+    assert json.loads(json.dumps(cli.to_json(args)))["num_seeds"] == 2
+
+
+def test_a_scale_that_the_data_set_cannot_change_online():
+    args = iql.Args(env="hopper", dataset="x", online_change=("reward-scale=1",))
+    with pytest.raises(
+        UsageError, match="--online-change reward-scale=1: --return-range scales by the data's"
+    ):
+        cli.check_online_change(args)
+    cli.check_online_change(replace(args, return_range=0.0))

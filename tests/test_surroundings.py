@@ -17,7 +17,8 @@ import pytest
 from test_session import opened
 
 from ooo_rl.algos import iql
-from ooo_rl.data.errors import UsageError
+from ooo_rl.data.errors import Stopped, UsageError
+from ooo_rl.data.runs import checkpoint
 from ooo_rl.data.runs import folder as folders
 from ooo_rl.data.runs.session import Session
 
@@ -177,18 +178,71 @@ def test_values_that_the_rewards_allow_are_no_divergence(tmp_path, rows):
     assert "diverged" in session.failed[2] and "what rewards up to 1e+03 allow" in session.failed[2]
 
 
-def test_a_failing_evaluation_loses_nothing(tmp_path, monkeypatch, capsys):
-    session, state = opened(iql, tiny(tmp_path))
-    monkeypatch.setattr(session, "evaluate", SimpleNamespace(possible=True, has_map=False))
-    monkeypatch.setattr(Session, "_evaluate", lambda *_: 1 / 0)
-    chunk = session.plan[0]._replace(evaluate=True, save=False)
-    session.position = 1
-    session.chunk_began = 0.0
-    metrics = {"q": np.zeros(1), "broken_worlds": np.zeros(1), "nonfinite_at": np.full(1, -1)}
-    with pytest.raises(ZeroDivisionError):
-        session.after(chunk, metrics, state)
-    assert session.checkpoints.restore(state, 1)[1]["position"] == 1
-    assert f"--resume {session.path}" in capsys.readouterr().err
+def test_a_failing_evaluation_is_made_by_the_resumed_run(tmp_path, monkeypatch, capsys):
+    """From the checkpoint that is saved in its place; once, though a chunk follows, and though none does."""
+    evaluate, made = Session._evaluate, []
+
+    def failing(self, chunk, actor, trained):
+        made.append(chunk.start + chunk.length)
+        if len(made) < 3:
+            raise OSError("the disk is full")
+        evaluate(self, chunk, actor, trained)
+
+    monkeypatch.setattr(Session, "_evaluate", failing)
+    args = tiny(tmp_path, checkpoint_every=40, eval_every=40)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is full"):
+            iql.train(args)
+        args = iql.Args(resume=str(tmp_path / "iql" / "point-mass-wall" / "it"))
+        assert f"the evaluation failed; go on with it by --resume {args.resume}" in capsys.readouterr().err
+    result = iql.train(args)
+    assert made == [40, 40, 40, 80], "of the failed chunk, twice more, and of the one after it"
+    rows = (result.folder / "metrics.csv").read_text()
+    assert rows.count("eval/return") == 2 and result.results["phases"]["online"]["return"][0] is not None
+
+
+def test_after_an_error_that_is_remembered_the_run_can_be_resumed(tmp_path):
+    """A notebook remembers the last error, and so all that was alive in it: lock, signals."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped) as remembered, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "_asked_to_stop", lambda _: signal.SIGINT)
+        iql.train(tiny(tmp_path, checkpoint_every=40))
+    assert signal.getsignal(signal.SIGINT) == before
+    result = iql.train(iql.Args(resume=str(tmp_path / "iql" / "point-mass-wall" / "it")))
+    assert result.results["phases"] and remembered
+
+
+def test_this_process_is_not_called_another_one(tmp_path):
+    session, _ = opened(iql, tiny(tmp_path))
+    with pytest.raises(UsageError, match=r"this Python has the run open still, .* restart it, then --resume"):
+        Session("iql", iql.Args(resume=str(session.path)), iql.make_plan)
+
+
+def test_metrics_that_were_cut_are_not_filled_up(tmp_path):
+    result = iql.train(tiny(tmp_path, checkpoint_every=40))
+    metrics = result.folder / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes()[:100])
+    with pytest.raises(
+        UsageError, match=r"metrics.csv has 100 bytes, and had .* put it back, or start a new run"
+    ):
+        iql.train(iql.Args(resume=str(result.folder)))
+
+
+def test_agents_that_broke_are_not_begun_with(tmp_path):
+    iql.train(tiny(tmp_path, num_seeds=2))
+    folder, load = tmp_path / "iql" / "point-mass-wall" / "it", checkpoint._restored
+
+    def broken(*given):
+        state, host = load(*given)
+        return state, host | {"failed": {"1": "online, step 80: not finite"}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_restored", broken)
+        with pytest.raises(
+            UsageError, match="its seed 1 stopped in online, step 80: not finite; take --seed"
+        ):
+            iql.train(tiny(tmp_path, num_seeds=2, name="on", init_from=str(folder)))
+        iql.train(tiny(tmp_path, name="one", init_from=str(folder)))  # of seed 0, which did not
 
 
 # --- trackers ---

@@ -281,7 +281,6 @@ def test_a_run_whose_values_explode_is_named_and_the_others_go_on(exploded):
         ({"sweep": ("policy-every=1,1.5",)}, "--policy-every must be a whole number, not 1.5"),
         ({"target_noise_clip": -1}, "--target-noise-clip must be at least 0, not -1"),
         ({"exploration_noise": np.nan}, "--exploration-noise must be a number, not nan"),
-        ({"frozen_bonus": True, "retrain_steps": 10}, "--frozen-bonus needs --intrinsic rnd"),
         (
             {"dataset": "own", "env": "probe-match-obs", "offline_steps": 10},
             "--offline-steps 10 needs --dataset; probe-match-obs has none of its own",

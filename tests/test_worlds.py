@@ -49,8 +49,15 @@ def test_elsewhere_it_is_eight(gpu, monkeypatch):
 
 def test_what_does_not_come_out_is_refused_in_the_words_of_the_usual_number(gpu):
     args = iql.Args(env="halfcheetah", dataset="none", offline_steps=0, utd_ratio=0.3)
-    with pytest.raises(settings.UsageError, match=r"--utd-ratio 0.3 with --num-envs 8 makes 2.4"):
+    with pytest.raises(settings.UsageError, match=r"8 makes 2.4 gradient .* as with --utd-ratio 0.25"):
         worlds.chosen(settings.resolved(args), iql.make_plan)
+
+
+@pytest.mark.parametrize(("num_envs", "utd_ratio"), [(49, 1 / 49), (48, 0.0208334), (48, 1 / 48), (8, 2.0)])
+def test_a_ratio_may_be_rounded(num_envs, utd_ratio):
+    worlds.check_vector_steps(
+        SimpleNamespace(num_envs=num_envs, utd_ratio=utd_ratio, online_steps=1, buffer_size=0)
+    )
 
 
 def test_the_header_says_which_engine_is_estimated_to_be_faster(gpu, monkeypatch):

@@ -3,13 +3,17 @@
 For example `expectile: Annotated[float, Bounds(above=0, below=1)] = 0.7`.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Annotated, Any, get_type_hints
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ooo_rl.data.errors import UsageError
+
+KINDS = {
+    int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False"),
+    str: (str, "a string"), tuple: (tuple, "a tuple"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,21 @@ def bounds_of(kind: type) -> dict[str, Bounds]:
 
 
 def check_bounds(settings: Any) -> None:
-    """Raises UsageError for the first field of the dataclass `settings` that is out of its bounds."""
+    """Raises UsageError for the first field of the dataclass `settings` that is out of its bounds.
+
+    Or whose value is not of its kind: the command line gives such values alone, but a call can give any.
+    """
     bounds = bounds_of(type(settings))
-    for field in dataclasses.fields(settings):
-        if field.name in bounds:
-            check_value(field.name, getattr(settings, field.name), bounds[field.name])
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kind = getattr(settings, name), get_origin(hint) or hint
+        if name in bounds:
+            check_value(name, value, bounds[name])
+        choices = get_args(hint) if kind is Literal else ()
+        if choices and value not in choices:
+            raise UsageError(f"{flag(name)} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        wanted, said = KINDS.get(kind, (object, ""))
+        if not isinstance(value, wanted) or (kind is int and isinstance(value, bool)):
+            raise UsageError(f"{flag(name)} must be {said}, not {value!r}")
 
 
 def check_value(name: str, value: Any, bounds: Bounds) -> None:

@@ -99,6 +99,9 @@ def load_agent(folder: str, labels: list[RunLabel], like: Any) -> tuple[Any, str
     config = read_config(folder, "--init-from")
     rows = _rows(flag, config["settings"], labels)
     saved, host = _restored(flag, folder)
+    if lost := [row for row in rows if str(row) in host["failed"]]:
+        seed, why = config["settings"]["seed"] + lost[0], host["failed"][str(lost[0])]
+        raise UsageError(f"{flag}: its seed {seed} stopped in {why}; take --seed and --num-seeds without it")
     name = host["agent"]
     taken, missing, agent = [], [], {}
     for field in dataclasses.fields(like):

@@ -67,7 +67,13 @@ class RunFolder:
 
         `metrics_bytes` is the size of metrics.csv at the checkpoint, None for its first line alone.
         """
-        self.metrics.truncate(len(",".join(COLUMNS)) + 2 if metrics_bytes is None else metrics_bytes)
+        size = len(",".join(COLUMNS)) + 2 if metrics_bytes is None else metrics_bytes
+        if (found := os.fstat(self.metrics.fileno()).st_size) < size:
+            raise UsageError(
+                f"{self.path}/metrics.csv has {found} bytes, and had {size} at the checkpoint: put it back, "
+                "or start a new run"
+            )
+        self.metrics.truncate(size)
         self.metrics.seek(0, os.SEEK_END)
         if (self.path / "paths.npz").exists():
             with np.load(self.path / "paths.npz") as paths:
@@ -197,19 +203,24 @@ def _locked(path: pathlib.Path) -> Any:
     if fcntl is None or not (path / "config.json").exists():
         return None
     try:
-        file = (path / "lock").open("a")
+        file = (path / "lock").open("a+")
     except OSError as error:
         raise UsageError(f"{path}: its lock file cannot be opened ({error.strerror})") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.seek(0)
+        whose = file.read()
         file.close()
-        raise UsageError(
-            f"{path}: another process is at work on this run; wait for its end, or stop it, then "
-            f"--resume {path}"
-        ) from None
+        who = "another process is at work on this run; wait for its end, or stop it"
+        if whose == str(os.getpid()):
+            who = "this Python has the run open still, from a call that an error has ended; restart it"
+        raise UsageError(f"{path}: {who}, then --resume {path}") from None
     except OSError:  # a file system without locks
-        pass
+        return file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
     return file
 
 

@@ -66,6 +66,11 @@ def check_online_change(args: Any) -> None:
         if name.removeprefix("online_") in traced.keys() - {name}:
             offline = flag(name.removeprefix("online_"))[2:]
             raise UsageError(f"{said}: {flag(name)} is where {offline} begins online; change {offline}")
+        by_data = [other for other in ("return_range", "max_reward") if getattr(args, other, 0)]
+        if name == "reward_scale" and by_data:
+            raise UsageError(
+                f"{said}: {flag(by_data[0])} scales by the data's rewards; it must be 0 for this"
+            )
         if name in bounds:
             check_value(name, new, bounds[name])
         if name == RATIO and hasattr(args, "n_steps"):

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -58,6 +59,7 @@ __all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"] 
 
 MEASURES = ("success", "return", "length")
 Q_MEASURES = ("predicted_q", "q_bias")  # with --q-bias
+HASHES = "sha256", "sha256_of_ends"  # of a dataset's card
 EVALUATION = 2**31  # makes the key of evaluations from a run's first key
 COLUMNS = (
     TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -145,7 +147,6 @@ class Session:
         self.q_of: dict[str, Callable] = {}  # agent -> its Q-value, where a script has its own
         self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
         self.failed: dict[int, str] = {}  # run -> why it was stopped
-        self.largest_reward = self._scaled(*self.card.get("reward_range", ()))  # [runs], seen so far
         self.work = dict.fromkeys(("updates", "env_steps", "broken_worlds", "run", "online"), 0.0)
         self.before = dict.fromkeys(("wall", "compile", *self.work), 0.0)  # a resumption
         self.stopping: signal.Signals | None = None
@@ -153,7 +154,7 @@ class Session:
 
     def _find_folder(self) -> None:
         """The folder to go on with, locked, or None; and the path of the folder, which process 0 chooses."""
-        self.folder, self.path = None, pathlib.Path(self.args.resume)
+        self.folder, self.path = None, pathlib.Path(self.args.resume).expanduser()
         if self.args.resume:
             self.folder = self._opened()
         elif processes.is_first():
@@ -168,7 +169,8 @@ class Session:
             settings = json.dumps([self.method, to_json(self.args)], default=str)
             processes.check_same({
                 "setting": hashlib.sha256(settings.encode()).hexdigest(),
-                "dataset": self.card.get("sha256"), "version of Python or of a package": versions(),
+                "dataset": [self.card.get(of) for of in HASHES],
+                "version of Python or of a package": versions(),
             })  # fmt: skip
             self.path = pathlib.Path(processes.texts(str(self.path))[0])
 
@@ -271,6 +273,7 @@ class Session:
         if not self.args.resume:
             processes.first_and_then_others(self._create)
         self.checkpoints = Checkpoints(self.path)
+        self.largest_reward = self._scaled(*self.card.get("reward_range", ()))  # [runs], seen so far
         with processes.together():
             found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
         host: dict[str, Any] = {"position": 0, "metrics_bytes": None, "phases": {}}
@@ -281,6 +284,8 @@ class Session:
         elif self.args.resume and self.args.init_from:
             state = self._init_from(state, init)
         self.done, self.phases = host["position"], host["phases"]
+        last = self.plan[self.done - 1]
+        self.unevaluated = (last, getattr(state, last.agent)) if host.get("unevaluated") else None
         with processes.together():
             self.folder.go_back(host["metrics_bytes"], self.phases)
             if self.args.resume and processes.is_first():
@@ -292,9 +297,11 @@ class Session:
     def _create(self) -> None:
         """Makes the folder of a new run; the processes after the first look whether they see it."""
         if processes.is_first():
+            if not self.args.name and not processes.are_several():  # another run may have begun, too
+                self.path = place_of(self.method, self.args)
             self.run_id = uuid.uuid4().hex[:12]
             script = sys.argv[0].endswith(f"{self.method}.py")
-            command = " ".join(sys.argv) if script else f"{self.method}.train(args)"
+            command = shlex.join(sys.argv) if script else f"{self.method}.train(args)"
             self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
             create(self.path, self.method, self.args, self.card, command, self.run_id)
         elif not processes.is_shown(self.path / "config.json"):
@@ -324,7 +331,18 @@ class Session:
         SIGINT stops it at once.
         """
         bar = Progress(*COLUMNS, console=self.console, disable=not self.console.is_terminal)
-        with self._stopping_softly(), bar as self.bar:
+        with contextlib.ExitStack() as self.held:
+            self.held.enter_context(self._stopping_softly())
+            self.bar = self.held.enter_context(bar)
+            if self.unevaluated:
+                chunk, trained = self.unevaluated
+                self.row = self.bar.add_task(chunk.phase, total=chunk.length, note="")
+                try:
+                    self._evaluate(chunk, trained.actor.params, trained)
+                except Exception:
+                    self._say_unevaluated()
+                    self._give_up()
+                    raise
             for i, chunk in enumerate(self.plan[self.done :], start=self.done + 1):
                 if chunk.first or i == self.done + 1:
                     rest = (c for c in self.plan[i - 1 :] if c.phase == chunk.phase and c.last)
@@ -342,6 +360,7 @@ class Session:
 
         def note(number, _):
             if number == signal.SIGINT and self.stopping:
+                self._give_up()
                 raise KeyboardInterrupt
             self.stopping = signal.Signals(number)
             print(f"{self.stopping.name}: stopping at the end of this chunk", file=sys.stderr, flush=True)
@@ -356,6 +375,17 @@ class Session:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
 
+    def _give_up(self) -> None:
+        """Lets go of what only one run can have: signals, terminal, folder.
+
+        After an error this object may live on, as long as a notebook remembers the error.
+        """
+        self.held.close()
+        self.folder.close()
+
+    def _say_unevaluated(self) -> None:
+        print(f"the evaluation failed; go on with it by --resume {self.path}", file=sys.stderr)
+
     def _asked_to_stop(self) -> signal.Signals | None:
         """The signal to stop that this process, or another one, has got; the same in all of them."""
         number = max(int(text) for text in processes.texts(str(int(self.stopping or 0))))
@@ -365,8 +395,16 @@ class Session:
         """What is due after each chunk: log, look for broken runs, evaluate, and at last save a checkpoint.
 
         `actor` are the parameters of the policy to evaluate, by default those of the agent that was trained.
-        If the evaluation fails, the checkpoint is saved all the same, and the error goes on.
+        If the evaluation fails, the error goes on. A resumed run makes it again: from a checkpoint of this
+        chunk, or for an `actor`, which is in no checkpoint, from the one before.
         """
+        try:
+            self._after(chunk, metrics, state, actor)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _after(self, chunk: Chunk, metrics: dict, state: Any, actor: Any) -> None:
         step, num_runs, trained = chunk.start + chunk.length, self.num_runs, getattr(state, chunk.agent)
         metrics = real(metrics, num_runs)
         seconds = self._run_seconds() - self.chunk_began
@@ -398,8 +436,9 @@ class Session:
             if chunk.evaluate and self.evaluate.possible:
                 self._evaluate(chunk, trained.actor.params if actor is None else actor, trained)
         except Exception:
-            self._save(chunk, state)
-            print(f"the evaluation failed; all before it is saved: --resume {self.path}", file=sys.stderr)
+            if actor is None:
+                self._save(chunk, state, unevaluated=True)
+            self._say_unevaluated()
             raise
         stopping = self._asked_to_stop()
         if chunk.save or stopping:
@@ -410,7 +449,7 @@ class Session:
                 128 + stopping,
             )
 
-    def _save(self, chunk: Chunk, state: Any) -> None:
+    def _save(self, chunk: Chunk, state: Any, unevaluated: bool = False) -> None:
         even = self.num_runs % self.mesh.size == 0
         state = state if even else real(state, self.num_runs)
         with processes.together():
@@ -418,6 +457,7 @@ class Session:
                 "position": self.position, "metrics_bytes": self.folder.synced(), "phases": self.phases,
                 "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
                 "agent": chunk.agent, "largest_reward": self.largest_reward,
+                "unevaluated": unevaluated,
             }  # fmt: skip
             self.checkpoints.save(self.position, state, host)
 
@@ -599,11 +639,13 @@ def check_same(path: pathlib.Path, card: dict) -> None:
         config = json.loads((path / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"--resume {path}: dataset.json or config.json is damaged ({error})") from None
-    if saved.get("sha256") != card.get("sha256"):
-        raise UsageError(
-            f"--resume {path}: the dataset {card['id']} has changed since the run began (its hash is "
-            f"{card.get('sha256')}, and was {saved.get('sha256')}); put the old one back, or start a new run"
-        )
+    for of in HASHES:
+        now = card.get(of)
+        if (then := saved.get(of, now)) != now:
+            raise UsageError(
+                f"--resume {path}: the dataset {card['id']} has changed since the run began (its {of} is "
+                f"{now}, and was {then}); put the old one back, or start a new run"
+            )
     old, new = config.get("versions", {}), versions()
     changed = [f"{name} {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]
     if changed:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import tyro
 from flax import struct
 
@@ -191,7 +192,7 @@ def parse(args_type: type, argv: list[str] | None = None) -> Any:
     for name in ("env", "dataset", "online_steps", "resume"):
         early.add_argument(flag(name), "--" + name, default="auto")  # as tyro does, it takes both spellings
     known, _ = early.parse_known_args(argv)
-    if known.resume != "auto":
+    if known.resume not in ("", "auto"):
         return _flags(args_type, argv, args_type(resume=known.resume))
     default = args_type.exactly(_family(args_type, known.env, known.dataset, known.online_steps))
     return resolved(_flags(args_type, argv, default))
@@ -263,7 +264,8 @@ def resolved(args: Any) -> Any:
 
 def to_json(args: Any) -> dict:
     """The settings as plain dictionaries, for config.json."""
-    return dataclasses.asdict(args)
+    plain = lambda value: value.item() if isinstance(value, np.generic) else value  # noqa: E731
+    return dataclasses.asdict(args, dict_factory=lambda pairs: {name: plain(v) for name, v in pairs})
 
 
 def from_json(args_type: type, saved: dict) -> Any:
@@ -279,7 +281,7 @@ def from_json(args_type: type, saved: dict) -> Any:
 
 def read_config(folder: str, what: str) -> dict:
     """The config.json of a run's folder; if it is unusable, a UsageError that begins with the flag `what`."""
-    path = pathlib.Path(folder) / "config.json"
+    path = pathlib.Path(folder).expanduser() / "config.json"
     if not path.is_file():
         raise UsageError(f"{what} {folder}: no config.json there, so this is not a run's folder")
     try:
@@ -338,6 +340,8 @@ def check(args: Any) -> None:
     check_bounds(args)
     check_bounds(args.hyper)
     check_online_change(args)
+    if getattr(args, "frozen_bonus", False) and args.intrinsic == "none":
+        raise UsageError("--frozen-bonus needs --intrinsic rnd or another, the bonus to freeze")
     if args.seed + args.num_seeds > 2**32:
         raise UsageError(
             f"--seed {args.seed} with --num-seeds {args.num_seeds} goes beyond 2^32 - 1, the largest seed"

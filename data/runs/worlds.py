@@ -19,6 +19,7 @@ from ooo_rl.envs import estimates
 
 FEW = 8  # environments per seed where more of them take more time
 MOST = 1_024  # environments of all seeds together that a GPU steps in about the time of one
+ROUNDING = 1e-3  # of gradient steps per vector step: a flag cannot say 1/48
 EPISODES = 10  # that each environment has time for: with fewer, the late states of episodes become rare
 
 
@@ -57,10 +58,12 @@ def chosen(args: Any, make_plan: Callable[[Any], list[Phase]]) -> Any:
 def check_vector_steps(args: Any) -> None:
     """Raises UsageError if the updates after a step of all environments, or the buffer, do not come out."""
     updates = args.num_envs * args.utd_ratio
-    if args.online_steps and (updates < 1 or updates != round(updates)):
+    fits = max(1, round(updates))
+    if args.online_steps and abs(updates - fits) > ROUNDING:
         raise UsageError(
-            f"--utd-ratio {args.utd_ratio} with --num-envs {args.num_envs} makes {updates:g} gradient steps "
-            "per vector step; their product must be a whole number, at least 1"
+            f"--utd-ratio {args.utd_ratio} with --num-envs {args.num_envs} makes {updates:.6g} gradient "
+            "steps per vector step; their product must be a whole number, at least 1, as with --utd-ratio "
+            f"{fits / args.num_envs:.6g}"
         )
     if args.buffer_size % args.num_envs:
         near = -(-args.buffer_size // args.num_envs) * args.num_envs
