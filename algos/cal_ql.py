@@ -433,7 +433,8 @@ FAMILIES = {
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
         target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=2, max_target_backup=False,
         offline_steps=0, online_steps=3_000, random_steps=160),
-    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
+    ("halfcheetah", "hopper", "walker2d", "ant"): dict(mc_bootstrap="zero"),
+    ("halfcheetah-sparse", "ant-sparse"): dict(mc_bootstrap="last", offline_steps=0),
     "antmaze": MAZE,
     "antmaze-large-goal-missing": dict(calibrate_random=True, online_steps=2_000_000),
     "maze2d": dict(**MAZE, offline_steps=500_000),
@@ -443,9 +444,9 @@ FAMILIES = {
         end_reward=jnp.inf, offline_ratio=0.25, offline_steps=500_000, calibrate_random=True, target_max=50),
     "kitchen-complete": dict(online_steps=4_000_000),
     ("door", "pen", "relocate"): HAND,
-    ("door-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
-    "pen-binary": dict(reward_scale=10, reward_bias=5, online_steps=200_000),
-    "hammer": dict(**HAND, calibrate_random=True, target_max=10_300),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5, end_reward=0),
+    "pen-binary": dict(online_steps=200_000),
+    "hammer": dict(**HAND, calibrate_random=True, target_max=10_300, mc_bootstrap="zero"),
 }  # fmt: skip
 
 

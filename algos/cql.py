@@ -5,8 +5,8 @@ no more than those which some do. To the Bellman error comes, for each critic, w
 Q(s, .) - Q(s, a)). The soft maximum is the log of a sum of exp Q over actions of three kinds, `--num-samples`
 each: uniform ones, some of pi(.|s) and some of pi(.|s'). There are two sums (`--importance-sampling`):
 
-- Each exp Q is divided by the density that its action was drawn with. So the sum estimates the integral over
-  all actions.
+- Each exp Q is divided by the density that its action was drawn with. So the sum estimates 3 n times the
+  integral over all actions, n being `--num-samples`.
 - Or nothing is divided, and the data's own action joins the sum (the setting for the kitchen).
 
 With `--lagrange` the weight is also multiplied by alpha', which rises while the difference is larger than
@@ -421,7 +421,7 @@ FAMILIES = {
     ("door", "hammer", "pen", "relocate"): dict(
         hidden=(512, 512), critic_hidden=(512, 512, 512), cql_weight=1, max_target_backup=True,
         offline_steps=20_000),
-    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5, end_reward=0),
 }  # fmt: skip
 
 

@@ -552,7 +552,7 @@ FAMILIES = {
         max_target_backup=True, reward_bias=-5, end_reward=jnp.inf, offline_steps=500_000),
     ("door", "hammer", "pen", "relocate"): dict(hidden=(512,) * 2, critic_hidden=(512,) * 3, actor_lr=1e-4,
         alpha_lr=1e-4, cql_weight=1, max_target_backup=True, offline_steps=20_000),
-    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5, end_reward=0),
 }  # fmt: skip
 
 

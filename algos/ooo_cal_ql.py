@@ -7,9 +7,8 @@ that is handed over is CQL's (cql.py), which has no floor under the values that 
 2. explore    It acts and learns online, drawn by the bonus to what is new: RND's error.
 3. retrain    A fresh exploiter, CQL, learns the task from all rows, Q held inside what their rewards allow.
 
-Departures from the official code (MaxSobolMark/OOO b1424a2), beside those of cal_ql.py. RND learns with each
-update (there, hardly at all). The floor is of task rewards alone. Bounds hold the target (there, the value
-that follows). Up-sampled rows take places in the batch (there, 32 come on top).
+Departures from the official code (MaxSobolMark/OOO b1424a2), beside those of cal_ql.py: RND learns with each
+update (there, hardly at all); up-sampled rows take places in the batch; bounds hold the target, bonus apart.
 
     python algos/ooo_cal_ql.py
 """
@@ -536,12 +535,12 @@ FAMILIES = {
         hidden=(64, 64), critic_hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
         target_rate=0.02, offline_steps=5_000, online_steps=960_000, num_envs=48, utd_ratio=1 / 48,
         num_samples=4, retrain_steps=12_000, cql_weight=10, entropy_per_action=-2, upsample=8 / 256),
-    "probe": dict(
-        hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
+    "probe": dict(hidden=(32, 32), critic_hidden=(32, 32), intrinsic="none", discount=0.9, actor_lr=3e-3,
         critic_lr=3e-3, alpha_lr=3e-3, target_rate=0.05, entropy_per_action=-3, cql_weight=0.01,
         num_samples=2, offline_steps=0, online_steps=3_000, retrain_steps=3_000),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
+    ("halfcheetah", "hopper", "walker2d", "ant"): dict(mc_bootstrap="zero"),
+    ("halfcheetah-sparse", "ant-sparse"): dict(mc_bootstrap="last", offline_steps=0),
     "antmaze": {**MAZE, "intrinsic_coef": 50, "online_steps": 2_000_000},
     "maze2d": dict(**MAZE, offline_steps=500_000, target_min=-500, target_max=600, upsample=1 / 8),
     "kitchen": dict(
@@ -550,9 +549,9 @@ FAMILIES = {
         retrain_bias=1, retrain_ratio=0.25),
     "kitchen-complete": dict(online_steps=4_000_000, retrain_critic_hidden=(256,) * 3),
     ("door", "pen", "relocate"): dict(**HAND, retrain_steps=500_000, retrain_ratio=0.5),
-    ("door-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
-    "pen-binary": dict(reward_scale=10, reward_bias=5, online_steps=200_000),
-    "hammer": dict(**HAND, target_max=10_300, retrain_scale=0.01, upsample=1 / 8, upsample_from=25),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5, end_reward=0),
+    "hammer": dict(**HAND, target_max=10_300, mc_bootstrap="zero", retrain_steps=500_000, retrain_scale=0.01,
+        upsample=1 / 8, upsample_from=25),
 }  # fmt: skip
 
 

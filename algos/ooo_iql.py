@@ -65,8 +65,6 @@ class Hyper(Traced):
 class Args(Experiment):
     """OOO(IQL): pre-train offline, explore online optimistically, retrain pessimistically from scratch."""
 
-    offline_steps: Steps = 500_000
-    """gradient steps of optimistic pre-training"""
     online_steps: Steps = 1_000_000
     """environment steps of exploration"""
     retrain_steps: Steps = 2_000_000
@@ -448,21 +446,23 @@ FAMILIES = {
         temperature=5, actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3, target_rate=0.05, upsample=8 / 256,
         offline_steps=5_000, online_steps=2_880_000, num_envs=48, utd_ratio=1 / 48, retrain_steps=24_000),
     "point-mass-wall-sparse": dict(reward_bias=-1),
-    "probe": dict(
-        hidden=(32, 32), intrinsic="none", discount=0.9, expectile=0.98, temperature=20, actor_lr=3e-3,
-        critic_lr=3e-3, value_lr=3e-3, target_rate=0.05, offline_steps=0, online_steps=3_000,
+    "probe": dict(hidden=(32, 32), intrinsic="none", discount=0.9, expectile=0.98, temperature=20,
+        actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3, target_rate=0.05, offline_steps=0, online_steps=3_000,
         retrain_steps=3_000),
-    ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000, offline_steps=1_000_000),
+    ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
-    "antmaze": dict(
-        expectile=0.9, temperature=10, intrinsic_coef=10, reward_bias=-1, upsample=8 / 256,
+    "antmaze": dict(expectile=0.9, temperature=10, intrinsic_coef=10, reward_bias=-1, upsample=8 / 256,
         online_steps=1_500_000),
-    "maze2d": dict(expectile=0.9, temperature=3, intrinsic_coef=10, reward_bias=-1, online_steps=500_000),
-    "kitchen": dict(
-        expectile=0.7, temperature=0.5, dropout=0.1, intrinsic_coef=10, reward_bias=-4, end_reward=4,
-        upsample=8 / 256, offline_steps=1_000_000, online_steps=4_000_000),
-    "hammer": dict(expectile=0.8, temperature=3, offline_steps=50_000, online_steps=500_000),
-    ("door", "pen", "relocate"): dict(expectile=0.8, temperature=3, dropout=0.1, offline_steps=25_000),
+    "antmaze-large-goal-missing": dict(offline_steps=500_000),
+    "maze2d": dict(expectile=0.9, temperature=3, intrinsic_coef=10, reward_bias=-1, offline_steps=500_000,
+        online_steps=500_000),
+    "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, intrinsic_coef=10, reward_bias=-4,
+        end_reward=4, upsample=8 / 256, online_steps=4_000_000),
+    ("hammer", "door", "pen", "relocate"): dict(expectile=0.7, temperature=0.5, dropout=0.1),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(
+        expectile=0.8, temperature=3, offline_steps=25_000),
+    "hammer-truncated-expert": dict(expectile=0.8, temperature=3, dropout=0, offline_steps=50_000,
+        online_steps=500_000),
 }  # fmt: skip
 
 

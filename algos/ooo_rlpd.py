@@ -10,7 +10,8 @@ al., arXiv 2302.02948):
             step of policy and alpha to each critic step. Its Q-values are held inside what the data's rewards
             allow, and rare successes are up-sampled.
 
-The explorer alone is RLPD + RND: `--retrain-steps 0`, the same as `rlpd.py --intrinsic rnd`.
+The explorer alone is RLPD + RND: `--retrain-steps 0`. `rlpd.py --intrinsic rnd` is the same method, with
+RLPD's budgets and, in AntMaze, its single target critic.
 
 Departures. The official code (MaxSobolMark/OOO b1424a2) retrains plain SAC, here `--retrainer sac`; it bounds
 no Q unless asked; and it adds up-sampled rows to its batches (here, they replace some). The paper's text

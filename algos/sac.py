@@ -329,7 +329,7 @@ FAMILIES = {
     "antmaze": dict(reward_bias=-1),
     "maze2d": dict(reward_bias=-1, online_steps=500_000),
     "kitchen": dict(reward_bias=-5, end_reward=jnp.inf),
-    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5),
+    ("door-binary", "pen-binary", "relocate-binary"): dict(reward_scale=10, reward_bias=5, end_reward=0),
 }  # fmt: skip
 
 

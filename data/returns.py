@@ -5,7 +5,6 @@ truncation, so `bootstrap` says what is taken. "last": the row's reward, for eve
 seen so far, for ever. "zero": nothing.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -55,8 +54,9 @@ def check_returns(session: Any) -> None:
     args, card = session.args, session.card
     if args.mc_bootstrap != "zero" and (session.hyper.discount >= 1).any():
         raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
-    if math.isfinite(args.end_reward):
-        raise UsageError("--end-reward must be inf or -inf here: the floor is the return of a whole episode")
+    for change in args.online_change:
+        if change.partition("=")[0].replace("_", "-") in ("discount", "reward-scale", "reward-bias"):
+            raise UsageError(f"--online-change {change}: the returns of offline rows hold for one value only")
     if card.get("ordered") is False:
         raise UsageError(
             f"--dataset {card['id']}: its rows are in no order, so the return of an episode cannot be known; "
@@ -68,7 +68,7 @@ def check_returns(session: Any) -> None:
 class Returns:
     """What a run knows of returns, beside those in its ring.
 
-    offline [N]: those of the offline rows. so_far [horizon, n]: what was paid since each row of the episodes
+    offline [N]: those of the offline rows. so_far [horizon, n]: what was paid since each row of the returns
     under way in n environments. rows [n]: how many rows these have. least []: the least reward seen.
     """
 
@@ -90,14 +90,16 @@ class Returns:
         return cls(known, so_far, rows, least)
 
     def record(self, hyper: Any, ring: Rows, reached: State, added, bootstrap: str) -> tuple[Rows, "Returns"]:
-        """Credits a step to all rows of its episodes, and writes the returns of the episodes that it ended.
+        """Credits a step to all rows whose returns go on, and writes those returns that it ended.
 
-        The step's own rows are in the ring already; `added` [] were there before. The rows of a world that
-        broke never get a return.
+        A return ends with its episode, or with a termination within it (see --end-reward). The step's own
+        rows are in the ring already; `added` [] were there before. The rows of a world that broke never get a
+        return.
         """
         num_slots, (horizon, n) = size(ring), self.so_far.shape
         reward = hyper.reward_scale * reached.reward + hyper.reward_bias
-        broken, ended, truncation = reached.info["broken"] > 0, reached.done > 0, reached.info["truncation"]
+        broken, truncation = reached.info["broken"] > 0, reached.info["truncation"]
+        ended = (reached.done > 0) | (reached.info["termination"] > 0)
         least = jnp.minimum(self.least, jnp.min(reward, where=~broken, initial=jnp.inf))
         age = self.rows - jnp.arange(horizon)[:, None]  # of each row of the episode; negative: still to come
         faded = hyper.discount ** jnp.maximum(age, 0)

@@ -137,6 +137,9 @@ def test_returns_are_written_when_an_episode_ends(mode, slots):
     raw = np.float32(rng.normal(size=(length, worlds)))
     where = lambda *kinds: np.float32(np.isin(np.array(ends).T, kinds))  # noqa: E731
     flags = {kind: where(kind) for kind in ("termination", "broken")}
+    flags["done"] = np.float32(
+        rng.uniform(size=(length, worlds)) < 0.5
+    )  # or the episode goes on (--end-reward)
     flags["truncation"] = where("truncation", "broken")
     raw -= 5 * flags["broken"]  # what a broken step is said to have earned must not count as the least reward
     hyper = cal_ql.Hyper(discount=gamma, reward_scale=2.0, reward_bias=-0.5)
@@ -144,7 +147,7 @@ def test_returns_are_written_when_an_episode_ends(mode, slots):
     def step(carry, xs):
         mc_return, known, added = carry
         reward, flags = xs
-        done = flags["termination"] + flags["truncation"]
+        done = flags["truncation"] + flags["termination"] * flags["done"]
         reached = SimpleNamespace(reward=reward, done=done, info=flags)
         # As `buffer.insert` leaves it: the step's own rows are there, without a return.
         unknown = jax.lax.dynamic_update_slice(mc_return, jnp.full(worlds, -jnp.inf), (added % slots,))
@@ -271,5 +274,9 @@ def test_what_has_no_returns_is_refused():
     with pytest.raises(UsageError, match="--mc-bootstrap last needs a --discount below 1"):
         returns.check_returns(session())
     returns.check_returns(session(mc_bootstrap="zero"))
+    for change in ("discount=0.5", "reward-scale=2", "reward_bias=1"):
+        with pytest.raises(UsageError, match=f"--online-change {change}: the returns of offline rows"):
+            returns.check_returns(session(mc_bootstrap="zero", online_change=(change,)))
+    returns.check_returns(session(mc_bootstrap="zero", online_change=("cql-weight=1",)))
     with pytest.raises(UsageError, match="--dataset mine: its rows are in no order"):
         returns.check_returns(session(ordered=False, mc_bootstrap="zero"))

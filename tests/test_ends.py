@@ -1,12 +1,15 @@
 """--end-reward: the return ends at rows that pay enough, in the data and online, and nowhere else."""
 
+import importlib
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import cal_ql, iql
+from ooo_rl.algos import iql
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.ends import EndsByReward
 from ooo_rl.data.runs.session import Session
@@ -95,7 +98,15 @@ def test_rows_of_a_dataset_end_by_their_reward(rows, least, discount, truncation
 
 
 def test_what_cannot_be_is_refused(rows):
-    with pytest.raises(UsageError, match="--end-reward must be inf or -inf here"):
-        cal_ql.train(cal_ql.Args(**rows, end_reward=4))
     with pytest.raises(UsageError, match="--export writes the environment's own ends"):
         iql.train(iql.Args(**rows, end_reward=4, export="ooo/counted"))
+
+
+ALGOS = sorted((pathlib.Path(__file__).parents[1] / "algos").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("method", [path.stem for path in ALGOS if not path.stem.endswith("dqn")])
+def test_a_success_that_is_worth_something_ends_the_return_of_a_binary_hand(method):
+    """A success pays 0, a failure -1. A success worth 5 would add up to 500 while it lasts, were it no end."""
+    args = importlib.import_module(f"ooo_rl.algos.{method}").Args(env="door-binary")
+    assert args.hyper.reward_bias == 0 or args.end_reward == 0

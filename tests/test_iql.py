@@ -79,12 +79,16 @@ def test_the_learning_rate_decays_over_this_phase_alone(monkeypatch):
     np.testing.assert_allclose(metrics["rate"], 0.05, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gde_iql", "jsrl", "qdagger", "bp_iql", "per_iql", "o3f_iql"])
+ON_IQL = "gde_iql", "jsrl", "qdagger", "bp_iql", "per_iql", "o3f_iql", "ooo_iql", "pex"
+BODIES = "halfcheetah", "ant-sparse"  # here PEX has settings of its own
+OTHERS = "antmaze-umaze", "antmaze-large-goal-missing", "maze2d-large", "kitchen-mixed", "door", "pen-binary", \
+    "hammer-truncated-expert"  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "env",
-    ["halfcheetah", "ant-sparse", "antmaze-umaze", "antmaze-large-goal-missing", "maze2d-large", "kitchen-mixed",
-     "door", "pen-binary", "hammer-truncated-expert"],
-)  # fmt: skip
+    ("name", "env"),
+    [(name, env) for name in ON_IQL for env in (*BODIES, *OTHERS) if name != "pex" or env in OTHERS],
+)
 def test_scripts_on_iql_have_its_settings(name, env):
     def of(script):
         args = script.Args(env=env)
