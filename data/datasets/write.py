@@ -92,7 +92,7 @@ def write_minari(
     Each episode has observations [T + 1, obs], actions [T, act] in [-1, 1], rewards, terminations and
     truncations [T]. If actions are discrete, `choices` is their number, and they are integers [T]. `recipe`
     (plain types) says how the dataset was made, and goes into the metadata. D4RL's reference scores go there
-    too, if the id names a task that has them. Raises DatasetError without episodes, and for a taken or odd id.
+    too, if the id names a task that has them. Raises DatasetError without episodes, or for a taken or odd id.
     """
     root = datasets_root()
     check_free(dataset_id)
