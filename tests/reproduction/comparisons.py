@@ -149,7 +149,13 @@ NUM_ENVS = {
     **{f"sac_{n}": Run("sac", f"NETS CRITICS --dataset none ONLINE --num-envs {n}", {
         "online": f"SAC from scratch, num_envs {n}"}) for n in (1, 8, 32, 128)},
 }  # fmt: skip
-COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL, "num_envs": NUM_ENVS}
+# Offline alone: what fine-tuning starts from, beside the level of the data.
+BASE = {
+    "iql": Run("iql", "NETS DATA OFFLINE --online-steps 0", {"offline": "IQL"}),
+    "td3_bc": Run("td3_bc", "NETS CRITICS DATA OFFLINE --online-steps 0", {"offline": "TD3+BC"}),
+    "cql": Run("cql", "NETS CRITICS CQL DATA CQL_OFFLINE --online-steps 0", {"offline": "CQL"}),
+}
+COMPARISONS = {"ooo": OOO, "gde": GDE, "o3f": O3F, "off2onrl": OFF2ONRL, "base": BASE, "num_envs": NUM_ENVS}
 
 LOCOMOTION = {
     "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 10 --checkpoint-every 5000",
@@ -222,6 +228,9 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         ("off2onrl", ("random", "medium", "medium-expert"), {
             "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
             "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000", "FQE": "--fqe-steps 5000"}),
+        ("base", ("medium", "medium-expert"), {
+            "ALL": "--eval-every 10000 --eval-episodes 20 --checkpoint-every 10000",
+            "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000"}),
         ("num_envs", ("medium",), {  # multiples of 128 environments
             "ALL": "--eval-every 10240 --eval-episodes 10", "OFFLINE": "--offline-steps 51200",
             "ONLINE": "--online-steps 51200"}),

@@ -24,7 +24,8 @@ RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
 TITLES = {
-    "ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "num_envs": "Number of environments",
+    "ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "base": "Offline",
+    "num_envs": "Number of environments",
 }  # fmt: skip
 PHASES = "offline", "online", "retrained"
 VERDICTS = "confirmed", "not confirmed", "contradicted", "not tested"
