@@ -54,9 +54,6 @@ def check_returns(session: Any) -> None:
     args, card = session.args, session.card
     if args.mc_bootstrap != "zero" and (session.hyper.discount >= 1).any():
         raise UsageError(f"--mc-bootstrap {args.mc_bootstrap} needs a --discount below 1; else use zero")
-    for change in args.online_change:
-        if change.partition("=")[0].replace("_", "-") in ("discount", "reward-scale", "reward-bias"):
-            raise UsageError(f"--online-change {change}: the returns of offline rows hold for one value only")
     if card.get("ordered") is False:
         raise UsageError(
             f"--dataset {card['id']}: its rows are in no order, so the return of an episode cannot be known; "

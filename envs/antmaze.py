@@ -10,7 +10,8 @@ two ants:
 step, torque  0.1 s, up to 30 N m                            0.05 s, up to 150 N m
 contacts      solimp 0.8 0.8 0.01                            MuJoCo's default
 coordinates   origin in the start cell, y grows with rows    origin in the maze's centre, y falls with rows
-start         start cell + U(-0.1, 0.1)                      start cell + U(-1, 1) + U(-0.1, 0.1)
+start         start cell + U(-0.1, 0.1)                      start cell + U(-1, 1)
+joints        U(-0.1, 0.1), velocities N(0, 0.1^2)           at rest, without noise
 goal          goal cell + U(0, 1) + U(0, 0.5)                goal cell + U(-1, 1)
 goal radius   0.5                                            0.45
 ============  =============================================  ===============================================
@@ -135,13 +136,14 @@ class AntMaze(PhysicsTask):
 
     def start(self, key: jax.Array) -> AntAndGoal:
         goal_key, place_key, position, velocity = jax.random.split(key, 4)
-        noise = jax.random.uniform(position, (15,), minval=-0.1, maxval=0.1)
-        qpos = jnp.asarray(self.model.qpos0) + noise
-        start = jnp.asarray(self.centre(self.cells("R")[0]), float)
-        wide = jax.random.uniform(place_key, (2,), minval=-1.0, maxval=1.0)
-        qpos = qpos.at[:2].set(start + noise[:2] + (0.0 if self.ant == "d4rl" else wide))
+        qpos, start = jnp.asarray(self.model.qpos0), jnp.asarray(self.centre(self.cells("R")[0]), float)
+        if self.ant == "gymnasium":  # at rest, anywhere in the middle of the cell
+            place, qvel = jax.random.uniform(place_key, (2,), minval=-1.0, maxval=1.0), jnp.zeros(14)
+        else:
+            noise = jax.random.uniform(position, (15,), minval=-0.1, maxval=0.1)
+            qpos, place, qvel = qpos + noise, noise[:2], 0.1 * jax.random.normal(velocity, (14,))
         goal = self.draw_goal(goal_key) if self.fixed_goal is None else self.fixed_goal
-        return AntAndGoal(self.put(qpos, 0.1 * jax.random.normal(velocity, (14,))), goal)
+        return AntAndGoal(self.put(qpos.at[:2].set(start + place), qvel), goal)
 
     def reset_to(self, qpos: jax.Array, qvel: jax.Array, goal: jax.Array | None = None):
         """As in `PhysicsTask`, with a goal.

@@ -202,8 +202,11 @@ def test_antmaze_goals_and_starts_lie_where_d4rl_puts_them():
     assert len(np.unique(jax.jit(jax.vmap(lambda key: fixed.start(key).goal))(keys[:5]), axis=0)) == 1
     assert envs.make("antmaze-umaze").horizon == 700 and env.horizon == 1000
     centred = envs.make("antmaze-umaze-gymnasium")
-    starts = np.asarray(jax.jit(jax.vmap(lambda key: centred.start(key).body.qpos[:2]))(keys)) - [-4, 4]
-    assert 1.0 < np.abs(starts).max() <= 1.1, "the cell's noise, and the ant's own"
+    begun = jax.jit(jax.vmap(lambda key: centred.start(key).body))(keys)
+    away = np.abs(begun.qpos[:, :2] - np.array([-4, 4]))
+    assert 0.98 < away.max() <= 1.0
+    # gymnasium-robotics gives its ant a reset noise of 0 (seen in AntMaze_UMaze-v3, -v4 and -v5).
+    assert (begun.qpos[:, 2:] == centred.model.qpos0[2:]).all() and (begun.qvel == 0).all()
     np.testing.assert_allclose(centred.centre((1, 1)), [-4, 4])
     qpos, goal = jnp.asarray(env.model.qpos0, float), jnp.array([0.3, 0.0])
     reached = jax.jit(lambda goal: env.step(env.reset_to(qpos, jnp.zeros(14), goal), jnp.zeros(8)))(goal)

@@ -11,10 +11,11 @@ from numerics import double
 from test_cql import TRACED, Reference, check_update, make_cql
 from test_sac import static_of
 
-from ooo_rl.algos import cal_ql, cql
+from ooo_rl.algos import cal_ql, cql, ooo_cal_ql
 from ooo_rl.data import returns
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs.online_change import check_online_change
 from ooo_rl.data.runs.sweep import grid
 from ooo_rl.envs.base import Task
 
@@ -266,6 +267,17 @@ def test_what_lies_below_the_floor_is_pushed_no_further():
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(own))) > 0.1
 
 
+@pytest.mark.parametrize("method", [cal_ql, ooo_cal_ql])
+def test_what_offline_returns_depend_on_cannot_change_online(method):
+    def args(change):
+        return method.Args(env="probe-all", dataset="none", online_change=(change,))
+
+    for change in ("discount=0.5", "reward-scale=2", "reward-bias=1"):
+        with pytest.raises(UsageError, match=f"--online-change {change}: the returns of offline rows hold"):
+            check_online_change(args(change))
+    check_online_change(args("cql-weight=1"))
+
+
 def test_what_has_no_returns_is_refused():
     def session(ordered=True, **flags):
         args = static_of(cal_ql, sweep=("discount=0.9,1",), **flags).args
@@ -274,9 +286,5 @@ def test_what_has_no_returns_is_refused():
     with pytest.raises(UsageError, match="--mc-bootstrap last needs a --discount below 1"):
         returns.check_returns(session())
     returns.check_returns(session(mc_bootstrap="zero"))
-    for change in ("discount=0.5", "reward-scale=2", "reward_bias=1"):
-        with pytest.raises(UsageError, match=f"--online-change {change}: the returns of offline rows"):
-            returns.check_returns(session(mc_bootstrap="zero", online_change=(change,)))
-    returns.check_returns(session(mc_bootstrap="zero", online_change=("cql-weight=1",)))
     with pytest.raises(UsageError, match="--dataset mine: its rows are in no order"):
         returns.check_returns(session(ordered=False, mc_bootstrap="zero"))

@@ -323,3 +323,8 @@ def test_bad_settings():
     for bad in ({"maze": "small"}, {"reward": "cost"}, {"horizon": 0}):
         with pytest.raises(ValueError, match="got"):
             Maze2D(**bad)
+
+
+def test_a_state_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"needs qpos \(2,\) and qvel \(2,\), not \(3,\) and \(2,\)"):
+        Maze2D("umaze").reset_to(np.zeros(3), np.zeros(2))

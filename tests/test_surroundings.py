@@ -96,6 +96,16 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
     assert names == ["20261126-010203", "20261126-010203-2", "20261126-010203-3"]
 
 
+def test_a_name_that_another_run_has_taken_meanwhile(tmp_path, monkeypatch):
+    """It is chosen when a run begins, and its folder made when its program is compiled."""
+    monkeypatch.setattr(folders.time, "strftime", lambda _: "20261126-010203")
+    run = Session("iql", tiny(tmp_path, name=""), iql.make_plan)
+    run.path.mkdir(parents=True)
+    run._create()
+    assert run.path.name == "20261126-010203-2" and (run.path / "config.json").exists()
+    run.folder.close()
+
+
 def test_a_machine_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     session, _ = opened(iql, tiny(tmp_path))

@@ -73,6 +73,8 @@ def check_online_change(args: Any) -> None:
             )
         if name in bounds:
             check_value(name, new, bounds[name])
+        if hasattr(args, "mc_bootstrap") and name in ("discount", "reward_scale", "reward_bias"):
+            raise UsageError(f"{said}: the returns of offline rows hold for one value only")
         if name == RATIO and hasattr(args, "n_steps"):
             raise UsageError(f"{said}: with n-step returns this share is fixed when the program compiles")
         if name == RATIO and min(new, args.offline_ratio) < 0:

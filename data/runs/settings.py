@@ -341,7 +341,7 @@ def check(args: Any) -> None:
     check_bounds(args.hyper)
     check_online_change(args)
     if getattr(args, "frozen_bonus", False) and args.intrinsic == "none":
-        raise UsageError("--frozen-bonus needs --intrinsic rnd or another, the bonus to freeze")
+        raise UsageError("--frozen-bonus needs a bonus to freeze: an --intrinsic other than none")
     if args.seed + args.num_seeds > 2**32:
         raise UsageError(
             f"--seed {args.seed} with --num-seeds {args.num_seeds} goes beyond 2^32 - 1, the largest seed"

@@ -131,12 +131,12 @@ these have the paper's own. Three seeds each, if [all runs](results/runs.md) doe
 {counts(papers)}
 
 A claim says that a policy A ends above a policy B. Each of its tasks stands in the column of its
-verdict, with the scores of A and B in brackets: IQM over seeds. The verdict comes from the chance
-that a random seed of A ends above a random seed of B, and its 95 % stratified-bootstrap interval.
-If the interval lies above one half, the claim is confirmed, at this budget; if below, contradicted,
-at this budget. With three seeds nearly all pairs have to agree, and nothing is said about how large
-the difference is. [All verdicts](results/claims.md) has the intervals, and [all
-runs](results/runs.md) the commands.
+verdict. In brackets is what A and B reached: IQM over seeds, in the claim's measure, which [all
+verdicts](results/claims.md) names, with intervals. The verdict comes from the chance that a random
+seed of A ends above a random seed of B, and its 95 % stratified-bootstrap interval. If the interval
+lies above one half, the claim is confirmed, at this budget; if below, contradicted, at this budget.
+With three seeds nearly all pairs have to agree, and nothing is said about how large the difference
+is. [All runs](results/runs.md) has the commands.
 
 {short_table(papers)}
 
