@@ -236,6 +236,12 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
             "ONLINE": "--online-steps 51200"}),
     ] for data in datasets},
 }  # fmt: skip
+# five times the steps offline and twice those online: do the verdicts on Off2OnRL come from its small budget?
+BUDGETS["off2onrl", "halfcheetah-medium-long"] = {
+    **BUDGETS["off2onrl", "halfcheetah-medium"],
+    "OFFLINE": "--offline-steps 50000",
+    "ONLINE": "--online-steps 50000",
+}
 
 
 def words_of(comparison: str, task: str, run: str, folder_of) -> list[str]:
