@@ -28,9 +28,11 @@ def on_all(name: str, tasks: dict[str, str], *rest) -> list[Claim]:
     ]
 
 
-WALL, MAZE, MAZE_FULL = "point-mass-wall", "maze2d-large-missing-data", "maze2d-large-missing-data-full"
+WALL, MAZE = "point-mass-wall", "maze2d-large-missing-data"
+MAZE_STEPS, MAZE_FULL = f"{MAZE}-steps", f"{MAZE}-full"
 KITCHEN, MIXED = "kitchen-complete", "kitchen-mixed"
 CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
+CHEETAH_LONG = f"{CHEETAH}-long"
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
 BODIES_AND_WALL = {**BODIES, WALL: "return"}
 RANDOM, MEDIUM_EXPERT = "halfcheetah-random", "halfcheetah-medium-expert"
@@ -52,6 +54,15 @@ CLAIMS = [  # most worth per hour first
             "OOO, Table 2", "OOO(Cal-QL) ends above Cal-QL", "ooo", ("ooo_cal_ql", "retrained"), ("cal_ql", "online")),
     *on_all("ooo-pex", {WALL: "return", MAZE: "return"},
             "OOO, Table 2", "OOO(IQL) ends above PEX", "ooo", ("ooo_iql", "retrained"), ("pex", "online")),
+    # the paper's steps, with small networks: hours on two cores
+    Claim("steps-ooo-iql", "OOO, Tables 1 and 2", "OOO(IQL) ends above IQL", "ooo", MAZE_STEPS,
+          ("ooo_iql_64", "retrained"), ("iql", "online")),
+    Claim("steps-ooo-iql-bonus", "OOO, Figure 4", "retraining ends above IQL + bonus", "ooo", MAZE_STEPS,
+          ("ooo_iql_64", "retrained"), ("ooo_iql_64", "online")),
+    Claim("steps-ooo-pex", "OOO, Table 2", "OOO(IQL) ends above PEX", "ooo", MAZE_STEPS,
+          ("ooo_iql_64", "retrained"), ("pex", "online")),
+    Claim("steps-iql-fine-tunes", "OOO, Table 1", "IQL is better after fine-tuning than before", "ooo", MAZE_STEPS,
+          ("iql", "online"), ("iql", "offline")),
     *[claim for run, says in {
         "iql": "GDE ends above IQL", "sac": "GDE ends above SAC from scratch", "awac": "GDE ends above AWAC",
         "jsrl": "GDE ends above JSRL", "pex": "GDE ends above PEX",
@@ -112,12 +123,12 @@ CLAIMS = [  # most worth per hour first
         "uniform": ("Figure 4c", "balanced replay ends above uniform replay"),
         "off2onrl_1": ("Figure 4d", "an ensemble of five ends above one agent"),
     }.items() for claim in on_all(
-        f"off2onrl-{run}", BODIES, f"Off2OnRL, {place}", says,
+        f"off2onrl-{run}", {**BODIES, CHEETAH_LONG: SCORE}, f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
     *on_all("off2onrl-pre-data", {RANDOM: SCORE, MEDIUM_EXPERT: SCORE},
             "Off2OnRL, Figure 3", "Off2OnRL is better after fine-tuning than before",
             "off2onrl", ("off2onrl", "online"), ("pre", "offline")),
-    *on_all("off2onrl-online-only", {CHEETAH: SCORE},
+    *on_all("off2onrl-online-only", {CHEETAH: SCORE, CHEETAH_LONG: SCORE},
             "Off2OnRL, Figure 4c", "balanced replay ends above online rows only",
             "off2onrl", ("off2onrl", "online"), ("online_only", "online")),
     *on_all("off2onrl-fqe", {CHEETAH: SCORE},

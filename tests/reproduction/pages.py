@@ -125,8 +125,9 @@ def claims_page(claims: list[Claim]) -> str:
     return f"""# What the papers claim, and what came out here
 
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
-Budgets and networks are a small share of the papers', except for tasks whose name ends in `-full`:
-these have the paper's own. Three seeds each, if [all runs](results/runs.md) does not say otherwise.
+Budgets and networks are a small share of the papers'. Tasks whose name ends in `-full` have the
+paper's own budget and networks, those in `-steps` its budget and small networks, and those in
+`-long` a larger share of it. Three seeds each, if [all runs](results/runs.md) does not say otherwise.
 
 {counts(papers)}
 
