@@ -243,6 +243,7 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
 BUDGETS["ooo", "maze2d-large-missing-data-steps"] = {
     **BUDGETS["ooo", "maze2d-large-missing-data-full"],
     "ALL": "--num-envs 32 --hidden 64 64 --eval-every 100000",
+    "HALVES": "--retrain-at 256000 500000",
     **dict.fromkeys(("CQL", "RLPD", "TD3"), "--critic-hidden 64 64"),
 }
 # five times the steps offline and twice those online: do the verdicts on Off2OnRL come from its small budget?
