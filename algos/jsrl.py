@@ -15,7 +15,7 @@ critics and value start afresh, too. The evaluations of a run (`eval/return`) pl
 alone, which is what is to be had in the end.
 
     python algos/jsrl.py
-    python algos/jsrl.py --env antmaze-umaze --init-from runs/iql/antmaze-umaze/mine --offline-steps 0
+    python algos/jsrl.py --offline-steps 0 --dataset own --init-from runs/iql/point-mass-wall/mine
 """
 
 from collections import namedtuple
@@ -436,14 +436,16 @@ FAMILIES = {
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
-    "antmaze-large-goal-missing": dict(offline_steps=500_000),
+    "antmaze-large-goal-missing": dict(offline_steps=500_000, online_steps=1_500_000),
     "maze2d": dict(
         expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000, online_steps=500_000),
-    "kitchen": dict(expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4, end_reward=4),
+    "kitchen": dict(
+        expectile=0.7, temperature=0.5, dropout=0.1, reward_bias=-4, end_reward=4, online_steps=4_000_000),
     ("hammer", "door", "pen", "relocate"): dict(expectile=0.7, temperature=0.5, dropout=0.1),
     ("door-binary", "pen-binary", "relocate-binary"): dict(
         expectile=0.8, temperature=3, offline_steps=25_000),
-    "hammer-truncated-expert": dict(expectile=0.8, temperature=3, dropout=0, offline_steps=50_000),
+    "hammer-truncated-expert": dict(
+        expectile=0.8, temperature=3, dropout=0, offline_steps=50_000, online_steps=500_000),
 }  # fmt: skip
 
 

@@ -342,7 +342,7 @@ FAMILIES = {
     ("halfcheetah", "hopper", "walker2d", "ant"): dict(return_range=1000, candidate_std=0.2),
     ("halfcheetah-sparse", "ant-sparse"): dict(return_range=0, offline_steps=0),
     "antmaze": dict(expectile=0.9, temperature=10, reward_bias=-1),
-    "antmaze-large-goal-missing": dict(offline_steps=500_000),
+    "antmaze-large-goal-missing": dict(offline_steps=500_000, online_steps=1_500_000),
     "maze2d": dict(
         expectile=0.9, temperature=3, reward_bias=-1, offline_steps=500_000, online_steps=500_000),
     "kitchen": dict(

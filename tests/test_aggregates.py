@@ -1,6 +1,8 @@
 """Aggregates of scores: equal to naive computations, intervals that cover what they promise, and failed seeds
 that never leak in."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -102,6 +104,21 @@ def test_regret_is_the_missed_area():
     assert aggregates.regret([0, 10, 40], [0.0, 1.0, 1.0], best=1) == pytest.approx(1 - 35 / 40)
     both = aggregates.regret([0, 10, 40], [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]], best=1)
     np.testing.assert_allclose(both, [5 / 40, 1])
+
+
+@given(x=score_lists.filter(lambda x: 2 <= len(x) <= 4), y=score_lists.filter(lambda y: 2 <= len(y) <= 4))
+def test_the_permutation_test_counts_all_ways_to_deal_scores_out(x, y):
+    wins = lambda a, b: sum((i > j) + (i == j) / 2 for i in a for j in b)  # noqa: E731
+    scores, ways = [*x, *y], [*itertools.combinations(range(len(x) + len(y)), len(x))]
+    dealt = [([scores[i] for i in way], [s for i, s in enumerate(scores) if i not in way]) for way in ways]
+    by_hand = sum(wins(*each) >= wins(x, y) for each in dealt) / len(ways)
+    assert aggregates.permutation_p_value(x, y) == pytest.approx(by_hand)
+
+
+def test_a_single_run_is_no_test():
+    assert np.isnan(
+        [aggregates.permutation_p_value(*pair) for pair in ([[3], [1, 2]], [[3, NAN], [1, 2]], [[], [1]])]
+    ).all()
 
 
 def test_summary():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
 import re
@@ -32,13 +33,25 @@ from ooo_rl.data.runs.plan import cut  # noqa: E402
         ([3, 4, 5], [0, 1, 2], "confirmed"),
         ([0, 1, 2], [3, 4, 5], "contradicted"),
         ([0, 4, 5], [1, 2, 6], "not confirmed"),
-        ([3, np.nan, 5], [0, 1, 2], "confirmed"),
+        ([2, 4, 5], [0, 1, 3], "not confirmed"),
+        ([3, np.nan, 5], [0, 1, 2], "not confirmed"),
         ([np.nan] * 3, [0, 1, 2], "not confirmed"),
     ],
 )
 def test_verdicts(better, worse, expected):
     said, chance = pages.verdict(np.array(better, float), np.array(worse, float))
     assert said == expected and (chance.startswith("1.00 [1.00, 1.00]") or expected != "confirmed")
+
+
+def test_how_often_chance_alone_gives_a_verdict():
+    """Of the 20 ways to deal six results out to two policies of three seeds, one in twenty on each side."""
+    ways = [(better, set(range(6)) - set(better)) for better in itertools.combinations(range(6), 3)]
+    said = [pages.verdict(*(np.array([*seeds], float) for seeds in way))[0] for way in ways]
+    assert {each: said.count(each) for each in said} == {
+        "confirmed": 1,
+        "contradicted": 1,
+        "not confirmed": 18,
+    }
 
 
 def test_each_claim_has_its_part_of_the_page():

@@ -13,7 +13,7 @@ from ooo_rl.data.runs import session, settings
 
 REPO = pathlib.Path(__file__).parents[1]
 COMMAND = re.compile(r"python algos/(\w+)\.py([^`#|\n]*)")
-OTHERS = ("my_module:MyTask", "my_tasks:Push", "--help", "--resume")  # what is only there on a user's machine
+OTHERS = ("my_module:MyTask", "--help", "--resume")  # what is only there on a user's machine
 REFUSED = "discount=0.9,1.2"  # docs/sac.md says so of this one
 
 

@@ -1,5 +1,9 @@
 """Settings that change as the online phase begins: which, when and how far, in every script; what is refused."""
 
+import ast
+import dataclasses
+import importlib
+import pathlib
 from functools import partial
 from itertools import pairwise
 
@@ -11,13 +15,15 @@ from test_run import rows_of
 from test_sac import random_rows
 from training import trained
 
-from ooo_rl.algos import awac, cql, dqn, iql, td3_bc
+from ooo_rl.algos import awac, cql, dqn, iql, off2onrl, td3_bc
 from ooo_rl.algos import sac as sampling
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import session, settings
-from ooo_rl.data.runs.online_change import online_hyper, online_ratio
+from ooo_rl.data.runs.online_change import check_online_change, online_hyper, online_ratio
 from ooo_rl.data.runs.program import Compiled
 from ooo_rl.data.runs.sweep import grid
+
+NAMES = sorted(path.stem for path in pathlib.Path(iql.__file__).parent.glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,7 @@ from ooo_rl.data.runs.sweep import grid
         (td3_bc, "policy-every=1.5", "--policy-every must be a whole number"),
         (cql, "offline-ratio=1.5", "--offline-ratio must be at most 1"),
         (cql, "offline-ratio=-1", "a share below 0 means no share"),
+        (off2onrl, "cql-weight=1", "--cql-weight has its effect in the offline phase"),
         (dqn, "online-lr=1e-3", "--online-lr is where lr begins online; change lr"),
         (awac, "offline-ratio=0.5", "a share below 0 means no share; set --offline-ratio to begin with"),
     ],
@@ -53,6 +60,39 @@ def test_what_cannot_change_is_refused_before_anything_compiles(monkeypatch, scr
     with pytest.raises(UsageError) as error:
         settings.parse(script.Args, words)
     assert message in str(error.value)
+
+
+def read_while_acting(script):
+    """What the chunk that acts, JSRL's `assess` between chunks, or a function that they reach, reads."""
+    module = ast.parse(pathlib.Path(script.__file__).read_text())
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    reached, to_do = (
+        set(),
+        [name for name in ("finetune_chunk", "explore_chunk", "assess") if name in functions],
+    )
+    while to_do:
+        name = to_do.pop()
+        reached.add(name)
+        names = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
+        to_do += names & functions.keys() - reached
+    nodes = [node for name in reached for node in ast.walk(functions[name])]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_read_while_a_method_acts_cannot_change_online(name):
+    script = importlib.import_module(f"ooo_rl.algos.{name}")
+    args = settings.resolved(script.Args())
+    read = read_while_acting(script)
+    assert {"discount", "reward_scale", "reward_bias"} <= read
+    for field in dataclasses.fields(args.hyper):
+        change = (f"{field.name}={getattr(args.hyper, field.name):g}",)
+        refused = False
+        try:
+            check_online_change(dataclasses.replace(args, online_change=change))
+        except UsageError as error:
+            refused = "has its effect" in str(error)
+        assert refused == (field.name not in read), field.name
 
 
 def args_of(script, **values):

@@ -93,6 +93,21 @@ def improvement_interval(
     return _percentiles(np.mean(chances, axis=0), confidence)
 
 
+def permutation_p_value(x: ArrayLike, y: ArrayLike) -> float:
+    """How often chance alone gives so large a `probability_of_improvement` of `x` [runs] over `y` [runs].
+
+    It is the share of the ways to deal all scores out to two methods with these numbers of runs: an exact
+    permutation test, one-sided. With three runs each it is 1/20 at least. NaN if fewer than two runs of a
+    method did not fail.
+    """
+    pairs = _paired(x, y)
+    if not pairs or min(map(len, pairs[0])) < 2:
+        return np.nan
+    wins = lambda a, b, axis: stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic  # noqa: E731
+    tested = stats.permutation_test(pairs[0], wins, batch=10_000, n_resamples=np.inf, alternative="greater")
+    return float(tested.pvalue)
+
+
 def regret(steps: ArrayLike, scores: ArrayLike, best: float) -> float | np.ndarray:
     """The part of the best score that online learning missed: 1 - (time average of the score) / best.
 

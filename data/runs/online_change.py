@@ -15,6 +15,11 @@ from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.bounds import bounds_of, check_value, flag
 
 RATIO = "offline_ratio"  # the one setting that can change though no program traces it as it stands
+ELSEWHERE = {  # traced settings that are not read while a method acts, and when they are
+    **dict.fromkeys(("frozen_bonus_coef", "retrain_scale", "retrain_bias", "upsample_from"), "in retraining"),
+    "prior_lr": "in the offline phase",
+    "online_fraction": "as the online phase begins",
+}
 
 
 def online_hyper(args: Any, hyper: Any, added: jax.Array | int) -> Any:
@@ -66,6 +71,13 @@ def check_online_change(args: Any) -> None:
         if name.removeprefix("online_") in traced.keys() - {name}:
             offline = flag(name.removeprefix("online_"))[2:]
             raise UsageError(f"{said}: {flag(name)} is where {offline} begins online; change {offline}")
+        read = ELSEWHERE.get(name)
+        if name == "cql_weight" and hasattr(args.hyper, "online_fraction"):  # Off2OnRL's: online it is SAC
+            read = "in the offline phase"
+        if read:
+            raise UsageError(
+                f"{said}: {flag(name)} has its effect {read}; give it the value that it is to have"
+            )
         by_data = [other for other in ("return_range", "max_reward") if getattr(args, other, 0)]
         if name == "reward_scale" and by_data:
             raise UsageError(

@@ -1,8 +1,8 @@
 """The pages of results, from the records alone: docs/results.md, two longer ones, a figure and a table.
 
 The verdict on a claim comes from the chance that a seed of the one policy beats a seed of the other (Agarwal et
-al. 2021). If the 95 % stratified-bootstrap interval of this chance is above one half, the claim is confirmed;
-below, it is contradicted; else it is not confirmed. With three seeds this asks that nearly all pairs agree.
+al. 2021), by an exact permutation test. With three seeds each all pairs have to agree. The bootstrap interval of
+the chance is shown, but no verdict comes from it: with three seeds it is too narrow.
 """
 
 import csv
@@ -28,6 +28,7 @@ TITLES = {
     "num_envs": "Number of environments",
 }  # fmt: skip
 PHASES = "offline", "online", "retrained"
+LEVEL = 0.05  # of the test behind a verdict, on each side
 VERDICTS = "confirmed", "not confirmed", "contradicted", "not tested"
 
 
@@ -66,7 +67,8 @@ def verdict(better: np.ndarray, worse: np.ndarray) -> tuple[str, str]:
     """(The verdict, the chance that a seed of `better` beats one of `worse` with its interval.)"""
     chance = aggregates.probability_of_improvement(better, worse)
     low, high = aggregates.improvement_interval(better, worse)
-    said = "confirmed" if low > 0.5 else "contradicted" if high < 0.5 else "not confirmed"
+    by_luck = [aggregates.permutation_p_value(*pair) for pair in ((better, worse), (worse, better))]
+    said = "confirmed" if by_luck[0] <= LEVEL else "contradicted" if by_luck[1] <= LEVEL else "not confirmed"
     return said, f"{chance:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -127,17 +129,20 @@ def claims_page(claims: list[Claim]) -> str:
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
 Budgets and networks are a small share of the papers'. Tasks whose name ends in `-full` have the
 paper's own budget and networks, those in `-steps` its budget and small networks, and those in
-`-long` a larger share of it. Three seeds each, if [all runs](results/runs.md) does not say otherwise.
+`-long` a larger share of it. Three seeds each, if [all runs](results/runs.md) does not say
+otherwise.
 
 {counts(papers)}
 
 A claim says that a policy A ends above a policy B. Each of its tasks stands in the column of its
 verdict. In brackets is what A and B reached: IQM over seeds, in the claim's measure, which [all
 verdicts](results/claims.md) names, with intervals. The verdict comes from the chance that a random
-seed of A ends above a random seed of B, and its 95 % stratified-bootstrap interval. If the interval
-lies above one half, the claim is confirmed, at this budget; if below, contradicted, at this budget.
-With three seeds nearly all pairs have to agree, and nothing is said about how large the difference
-is. [All runs](results/runs.md) has the commands.
+seed of A ends above a random seed of B, by an exact permutation test. If at most one in twenty ways
+to deal the seeds' results out to A and B gives so large a chance, the claim is confirmed, at this
+budget; if so small a one, contradicted, at this budget. With three seeds each, all nine pairs have
+to agree. Nothing is said about how large the difference is. Of twenty claims about policies that
+are alike, one comes out as confirmed, and one as contradicted. [All runs](results/runs.md) has the
+commands.
 
 {short_table(papers)}
 
@@ -181,8 +186,9 @@ This page is written by `python tests/reproduction/claims.py`, from the records 
 
 A and B are the two policies that a claim compares, in this order: IQM over seeds, with the 95 %
 stratified-bootstrap interval. The chance is the probability that a random seed of A ends above a
-random seed of B. Some runs of A start from the agents of B, seed by seed; the test does not use
-that.
+random seed of B, with such an interval. With three seeds these intervals are too narrow, so no
+verdict comes from them. Some runs of A start from the agents of B, seed by seed; the test does not
+use that.
 
 | source | claim | task, measure | A | B | chance | verdict |
 |---|---|---|---|---|---|---|
