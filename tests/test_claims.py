@@ -68,6 +68,18 @@ def test_every_claim_is_about_runs_that_have_a_budget():
             assert phase in COMPARISONS[claim.comparison][run].rows, f"{claim.name}: {run} has no {phase}"
 
 
+def test_recorded_commands_are_those_of_the_comparisons():
+    """Else a page names numbers that its command would no longer give, and a finished run is never run again."""
+    for comparison, task in BUDGETS:
+        for run in COMPARISONS[comparison]:
+            if record := records.read(comparison, task, run):
+                args = tables.Args(comparison, task, seeds=len(record["seeds"]))
+                script, *words = tables.command(args, run)
+                words = records._what(words, tables.folder_of(args, run))
+                command = ["python", f"algos/{pathlib.Path(script).name}", *words]
+                assert record["command"].split() == command, (comparison, task, run)
+
+
 def test_words_in_capitals_stand_for_others():
     words = words_of("ooo", "point-mass-wall", "sac_ft", lambda run: f"runs/{run}")
     assert words[:2] == ["--num-envs", "48"] and words[-1] == "0"

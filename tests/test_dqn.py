@@ -136,18 +136,30 @@ def test_actions_are_random_as_often_as_epsilon_says():
         assert (action != best).mean() == pytest.approx(0.8 * epsilon, abs=0.01)  # one of five is the best
 
 
-@pytest.mark.parametrize(("offline_steps", "random"), [(0, 1.0), (100, 0.0)])
-def test_before_it_learns_only_a_fresh_network_acts_at_random(offline_steps, random):
+@pytest.mark.parametrize(
+    ("offline_steps", "source", "random"), [(0, "", 1.0), (100, "", 0.0), (0, "runs/x", 0.0)]
+)
+def test_before_it_learns_only_a_fresh_network_acts_at_random(offline_steps, source, random):
     """In the idle steps; epsilon is 0."""
     env = envs.make("toy-maze")
     static = static_of(env, online_steps=800, num_envs=8)
-    static = static._replace(args=dataclasses.replace(static.args, offline_steps=offline_steps))
+    args = dataclasses.replace(static.args, offline_steps=offline_steps, init_from=source)
+    static = static._replace(args=args)
     state = dqn.init_state(static, jax.random.PRNGKey(0))
     chunk = partial(dqn.finetune_chunk, static, length=100, learns=False)
     after, _ = jax.jit(chunk)(state, dqn.Hyper(epsilon=0.0), None, jnp.int32(0))
     best = dqn.act(static.nets, state.agent.actor.params, after.ring.obs)
     assert (after.ring.action != best).mean() == pytest.approx(0.8 * random, abs=0.05)
     jax.tree.map(np.testing.assert_array_equal, after.agent, state.agent)
+
+
+def test_rnd_learns_online_too():
+    steps = {"online_steps": 16, "num_envs": 8, "batch_size": 8, "utd_ratio": 1 / 8}
+    static = static_of(envs.make("toy-maze"), **steps, intrinsic="rnd")
+    state = dqn.init_state(static, jax.random.PRNGKey(0))
+    chunk = jax.jit(partial(dqn.finetune_chunk, static, length=2, learns=True))
+    after, metrics = chunk(state, dqn.Hyper(), None, jnp.int32(0))
+    assert after.rnd.predictor.opt.count == 2 and metrics["rnd_error"] > 0
 
 
 def test_each_phase_has_its_own_rate_and_weight(monkeypatch):

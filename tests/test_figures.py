@@ -2,6 +2,7 @@
 judge."""
 
 import csv
+import itertools
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -10,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from ooo_rl.data.buffer import Transition
 from ooo_rl.data.figures import aggregates, curves, intervals, maps, style
 from ooo_rl.data.runs import report
 from ooo_rl.data.runs.session import Session
@@ -325,3 +327,15 @@ def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, d
         assert report.draw(session, None, 0, ()) == {}
         assert (session.folder.path / "figures" / "q.png").exists() == (name == "with")
     assert [len(crosses(ax)) for ax in drawn[0].axes] == [0, 2]
+
+
+def test_each_run_has_a_shortest_path_of_its_own():
+    layout = PointMassWall().layout
+    corners = np.float32([layout["start"], (0.5, 0.0), layout["goal"]])
+    way = np.concatenate([np.linspace(a, b, 40, dtype=np.float32) for a, b in itertools.pairwise(corners)])
+    still = np.tile(corners[:1], (len(way), 1))
+    none = np.zeros((2, len(way) - 1), np.float32)
+    both = np.stack([still, way])
+    online = Transition(both[:, :-1], none, none, both[:, 1:], none)
+    assert report._shortest(None, online, 0, layout) is None
+    assert report._shortest(None, online, 1, layout).side == "under"

@@ -16,7 +16,7 @@ from ooo_rl import envs
 from ooo_rl.data import policy
 from ooo_rl.data.datasets import write
 from ooo_rl.data.errors import DatasetError, UsageError, guarded
-from ooo_rl.data.recipes import antmaze, generate, library, locomotion, train_policy
+from ooo_rl.data.recipes import antmaze, generate, library, locomotion, point_mass, train_policy
 from ooo_rl.data.recipes import maze2d as maze2d_recipes
 from ooo_rl.envs import maze2d
 
@@ -263,3 +263,15 @@ def test_a_generator_killed_half_way_leaves_no_dataset(root):
     assert list(seen.glob("*unfinished*")), "it was too quick to be killed while writing"
     assert not (seen / "noisy-v0").exists()
     assert write.exists("ooo/maze2d-open/noisy-v0") is False
+
+
+def test_demonstrations_have_their_noise(monkeypatch):
+    """That of the first action across, where it is not clipped: the starts are the same without it."""
+    env, first = envs.make("point-mass-wall"), []
+    for noise in (None, 0.0):
+        if noise is not None:
+            monkeypatch.setattr(point_mass, "NOISE", noise)
+        first.append(np.array([e["actions"][0, 0] for e in point_mass.over_the_wall(env, 0, 0, [])]))
+    free = np.abs(first[1]) < 0.6
+    assert free.sum() > 30
+    np.testing.assert_allclose(np.std((first[0] - first[1])[free]), 0.1, atol=0.03)

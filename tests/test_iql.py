@@ -62,21 +62,31 @@ def test_rows_in_no_order_have_no_best_episodes():
         iql.kept(session_of("best", ordered=False))
 
 
-def test_the_learning_rate_decays_over_this_phase_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("decay", "online_steps", "rate"),
+    [("auto", 0, 0.05), ("auto", 96, 0.1), ("cosine", 96, 0.05), ("none", 0, 0.1)],
+)
+def test_the_learning_rate_decays_over_this_phase_alone(monkeypatch, decay, online_steps, rate):
     """Half of it is over, whatever --init-from brought along."""
     env, two, scalar = envs.make("point-mass-wall"), jnp.zeros(2), jnp.float32(0)
-    args = iql.Args.exactly({"hidden": (2,), "offline_steps": 10, "online_steps": 0, "batch_size": 4})
+    args = {
+        "hidden": (2,),
+        "offline_steps": 10,
+        "online_steps": online_steps,
+        "num_envs": 48,
+        "batch_size": 4,
+    }
+    args = iql.Args.exactly(args | {"actor_decay": decay})
     nets = iql.make_nets(SimpleNamespace(args=args, action_size=2))
     static = Static(args, env, Transition(two, two, scalar, two, scalar), nets)
     state = jax.jit(partial(iql.init_state, static))(jax.random.PRNGKey(0))
     opt = state.agent.actor.opt
     actor = state.agent.actor.replace(opt=opt._replace(count=jnp.full_like(opt.count, 700)))
     state = state.replace(agent=state.agent.replace(actor=actor))
-    rate = lambda nets, hyper, agent, *_: (agent, {"rate": hyper.actor_lr})  # noqa: E731
-    monkeypatch.setattr(iql, "update", rate)
+    monkeypatch.setattr(iql, "update", lambda nets, hyper, agent, *_: (agent, {"rate": hyper.actor_lr}))
     rows = jax.tree.map(jnp.asarray, random_rows(np.random.default_rng(0), 20, obs_size=2, action_size=2))
     metrics = iql.pretrain_chunk(static, state, iql.Hyper(actor_lr=0.1), rows, 5, length=2)[1]
-    np.testing.assert_allclose(metrics["rate"], 0.05, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rate"], rate, rtol=1e-5)
 
 
 ON_IQL = "gde_iql", "jsrl", "qdagger", "bp_iql", "per_iql", "o3f_iql", "ooo_iql", "pex"

@@ -1,5 +1,6 @@
 """Every loss and the whole update, against plain NumPy in float64 with gradients by central differences."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -231,6 +232,45 @@ def test_counts_are_those_of_a_dictionary():
     expected = [1 / np.sqrt(counts[cell(row)] + 1) for row in range(200)]
     np.testing.assert_allclose(ooo_iql.bonus(static, state, rows), expected, rtol=1e-5)
     assert len(set(expected)) > 2
+
+
+@SCRIPTS
+def test_dropout_is_in_the_policys_loss_alone(script):
+    nets, agent, batch, _ = make(script, dropout=0.5)
+    loss = lambda k: script.actor_loss(  # noqa: E731
+        agent.actor.params,
+        nets,
+        batch.obs,
+        batch.action,
+        np.zeros(BATCH, np.float32),
+        3.0,
+        jax.random.PRNGKey(k),
+    )
+    assert loss(0) != loss(1), "the same units are left out"
+    plain = make(script)[0]
+    np.testing.assert_array_equal(*(script.act(net, agent.actor.params, batch.obs) for net in (nets, plain)))
+
+
+@pytest.mark.parametrize("intrinsic", ["count", "rnd"])
+def test_what_was_explored_is_remembered(intrinsic):
+    """Each online row is counted once; RND's predictor learns at each gradient step."""
+    env, two, scalar = envs.make("point-mass-wall"), jnp.zeros(2), jnp.float32(0)
+    args = {
+        "hidden": (2,),
+        "num_envs": 4,
+        "online_steps": 40,
+        "utd_ratio": 0.25,
+        "batch_size": 4,
+        "intrinsic": intrinsic,
+    }
+    args = ooo_iql.Args.exactly(args | {"count_bins": (6, 3)})
+    nets = ooo_iql.make_nets(SimpleNamespace(args=args, env=env, action_size=2))
+    static = Static(args, env, Transition(two, two, scalar, two, scalar), nets)
+    state = jax.jit(partial(ooo_iql.init_state, static, None))(jax.random.PRNGKey(0))
+    after, _ = jax.jit(partial(ooo_iql.explore_chunk, static, length=10))(
+        state, ooo_iql.Hyper(), None, jnp.int32(0)
+    )
+    assert after.bonus.sum() == 40 if intrinsic == "count" else after.bonus.predictor.opt.count == 10
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (8, 3), (16, 16), (8, 1)])

@@ -192,6 +192,7 @@ def test_exported_experience_is_a_dataset(swept):
         library.load("ooo/broken-seed0-critic-lr-inf-v0")
     again = library.load("ooo/healthy-seed1-critic-lr-0_0003-v0").transitions
     np.testing.assert_array_equal(data.transitions.obs, again.obs)
+    assert (library.load("ooo/broken-seed0-critic-lr-0_0003-v0").transitions.obs != again.obs).any()
 
 
 def test_tensorboard_files(swept):

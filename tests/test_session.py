@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,8 @@ def test_a_registered_environment_trains_from_python_with_defaults_that_run(push
     assert (
         set(result.results["phases"]) == {"online"} and len(result.results["phases"]["online"]["return"]) == 2
     )
+    speed = [result.results[f"{what}_per_second"] for what in ("seed_updates", "env_steps")]
+    assert speed[0] / speed[1] == pytest.approx(args.utd_ratio)
     assert result.agents["agent"].actor.params["params"]["MLP_0"]["Dense_0"]["kernel"].shape == (2, 1, 8)
     assert json.loads((result.folder / "config.json").read_text())["command"] == "iql.train(args)"
     again = iql.train(iql.Args(resume=str(result.folder)))
@@ -217,3 +221,30 @@ def test_init_from_refuses_what_is_no_start(sources, tmp_path):
     with fails("not a run's folder"):
         opened(iql, iql.Args(**small(iql), init_from=str(tmp_path), runs_dir=str(tmp_path)))
     assert not list(tmp_path.glob("*/*")), "a folder was made before the error"
+
+
+def test_the_score_of_the_kitchen_is_that_of_its_sub_tasks():
+    tally = {
+        "success": np.array([[0, 1.0]]),
+        "return": np.array([[300, 500.0]]),
+        "length": np.full((1, 2), 9.0),
+    }
+    tally["solved"] = np.array([[1, 3.0]])
+    evaluate = MagicMock(return_value=tally, has_map=False)
+    args = SimpleNamespace(q_bias=False, eval_env="", env="kitchen-mixed")
+    run = MagicMock(args=args, evaluate=evaluate, phases={}, failed={}, num_runs=1)
+    chunk = SimpleNamespace(phase="online", start=0, length=8, last=True, acts=True, agent="agent")
+    Session._evaluate(run, chunk, None, None)
+    assert run.phases["online"]["normalized_score"] == [50] and run.phases["online"]["return"] == [400]
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_other_one_again(sources, tmp_path):
+    folder, theirs = sources("iql")
+    settings = small(iql, num_seeds=1) | {"seed": 4, "init_from": str(folder), "runs_dir": str(tmp_path)}
+    session, _ = opened(iql, iql.Args(**settings))
+    session.checkpoints.close()
+    session.folder.close()
+    _, state = opened(iql, iql.Args(resume=str(session.path)))
+    jax.tree.map(
+        np.testing.assert_array_equal, state.agent, jax.tree.map(lambda x: np.asarray(x)[1:], theirs.agent)
+    )
