@@ -472,7 +472,9 @@ def test_learning_is_what_it_was(script, short):
 
 
 GOLDEN = REPO / "tests" / "golden.npz"
-GOLDEN_TOLERANCE = 1e-2  # other versions and machines round otherwise, and 80 steps let that grow
+# Other machines round otherwise, and 80 steps let that grow; other versions of JAX also compile otherwise, and
+# then a method may collect other rows.
+GOLDEN_TOLERANCE = 1e-2 if jax.__version__ == "0.10.2" else 5e-2
 
 
 def golden_rows(folder):
