@@ -1,4 +1,4 @@
-"""What `train` hands to its programs, and what these store: nothing compiles here, and each script is looked at.
+"""What `train` hands to its programs, and what these store, in each script. No program of a run compiles here.
 
 The probes cannot tell any of this. They terminate at each of their ends, no buffer of theirs is ever full, and
 they have neither scaled rewards nor dropout.

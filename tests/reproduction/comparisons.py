@@ -28,7 +28,7 @@ class Run:
 OOO = {
     "iql": Run("iql", "IQL", {"offline": "IQL, offline", "online": "IQL"}),
     "ooo_iql": Run("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
-    # where all other networks have 64 units: RND's 512 would take nine tenths of the time on two cores
+    # where all other networks have 64 units: RND's 512 would take most of the time on two cores
     "ooo_iql_64": Run("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + RND of 64 units", "retrained": "OOO(IQL)"}, (
         ("MLP((512, 512, 512) if", "MLP((64, 64, 64) if"),)),
     "pex": Run("pex", "IQL", {"online": "PEX"}),

@@ -141,8 +141,8 @@ seed of A ends above a random seed of B, by an exact permutation test. If at mos
 to deal the seeds' results out to A and B gives so large a chance, the claim is confirmed, at this
 budget; if so small a one, contradicted, at this budget. With three seeds each, all nine pairs have
 to agree. Nothing is said about how large the difference is. Of twenty claims about policies that
-are alike, one comes out as confirmed, and one as contradicted. [All runs](results/runs.md) has the
-commands.
+are alike, about one comes out as confirmed, and about one as contradicted. [All
+runs](results/runs.md) has the commands.
 
 {short_table(papers)}
 
