@@ -209,6 +209,23 @@ def test_a_record_keeps_what_a_reader_needs_and_no_place_of_this_machine(tmp_pat
     assert pages.regret(record) == "-"  # a single evaluation has no area
 
 
+def test_the_record_of_a_run_that_was_cut_off_says_where(tmp_path, monkeypatch):
+    """The last evaluation of all seeds counts, and not one that was being written."""
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    curve = {10: [0, 1], 20: [2, 3], 30: [4]}
+    folder = finished(tmp_path / "a" / "b" / "c", "algos/iql.py --env x", [], curve)
+    (folder / "result.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] = {"seed": 5, "num_seeds": 2, "online_steps": 4000}
+    (folder / "config.json").write_text(json.dumps(config))
+    key = "ooo", "point-mass-wall", "iql"
+    records.keep(*key, folder)
+    record = records.read(*key)
+    assert record["phases"]["online"]["return"] == [2, 3] and record["seeds"] == [5, 6]
+    assert record["stopped"] == {"phase": "online", "step": 20, "planned": 4000}
+    assert "| 2.50 [2.00, 3.00] at step 20 of 4,000 |" in pages.runs_page()
+
+
 def test_a_claim_stands_in_the_columns_of_its_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
     found = [c for c in claims.CLAIMS if c.says == "GDE ends above JSRL"]
@@ -216,9 +233,11 @@ def test_a_claim_stands_in_the_columns_of_its_verdicts(tmp_path, monkeypatch):
         for run, values in {"gde": gde, "jsrl": [3, 4, 5]}.items():
             records.keep("gde", name, run, finished(tmp_path / name / "x" / run, "algos/x.py", values, {}))
     found = [dataclasses.replace(c, measure="return") for c in found]
-    row = "halfcheetah-medium (8.00, 4.00) |  | point-mass-wall (1.00, 4.00) | hopper-medium |"
+    row = (
+        "halfcheetah-medium (8.00, 4.00) |  | point-mass-wall (1.00, 4.00) | hopper-medium; walker2d-medium |"
+    )
     assert pages.short_table(found).endswith(f"| GDE, Table 2 | GDE ends above JSRL | {row}")
-    assert pages.counts(found).endswith("| GDE | 1 | 0 | 1 | 1 |")
+    assert pages.counts(found).endswith("| GDE | 1 | 0 | 1 | 2 |")
     rows = [line.split(" | ")[2:] for line in pages.details_page(found).splitlines() if "JSRL" in line]
     assert [(r[0], r[-1]) for r in rows] == [
         ("halfcheetah-medium, return", "confirmed |"), ("point-mass-wall, return", "contradicted |")
@@ -270,7 +289,7 @@ def test_records_of_sources_are_kept_once_and_failures_are_told(tmp_path, monkey
     old.write_text("{}")
     with pytest.raises(SystemExit, match=r"no result from .*gde-hopper-medium-on_iql"):
         claims.main()
-    assert old.read_text() == "{}" and sorted(tried) == ["on_iql", "on_iql", "re_iql", "re_iql"]
+    assert old.read_text() == "{}" and sorted(tried) == ["on_iql"] * 3 + ["re_iql"] * 3
     assert records.read("gde", "hopper-medium", "re_iql")["phases"]["online"]["return"] == [1, 2, 3]
     assert records.read("gde", "halfcheetah-medium", "pre") and not records.read(
         "gde", claims.CHEETAH, "on_iql"

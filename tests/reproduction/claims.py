@@ -32,9 +32,10 @@ WALL, MAZE = "point-mass-wall", "maze2d-large-missing-data"
 MAZE_STEPS, MAZE_FULL = f"{MAZE}-steps", f"{MAZE}-full"
 KITCHEN, MIXED = "kitchen-complete", "kitchen-mixed"
 CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
-CHEETAH_LONG = f"{CHEETAH}-long"
+CHEETAH_LONG, WALKER = f"{CHEETAH}-long", "walker2d-medium"
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
-BODIES_AND_WALL = {**BODIES, WALL: "return"}
+ALL_BODIES = {**BODIES, WALKER: SCORE}
+BODIES_AND_WALL = {**ALL_BODIES, WALL: "return"}
 RANDOM, MEDIUM_EXPERT = "halfcheetah-random", "halfcheetah-medium-expert"
 CLAIMS = [  # most worth per hour first
     *on_all("ooo-iql", {WALL: "return", MAZE: "return", KITCHEN: "solved"},
@@ -45,6 +46,13 @@ CLAIMS = [  # most worth per hour first
     *on_all("ooo-frozen", {WALL: "return"},
             "OOO, Figure 3", "OOO(IQL) ends above OOO(IQL) with the bonus kept", "ooo",
             ("ooo_iql", "retrained"), ("frozen_bonus", "retrained")),
+    *[claim for run, (figure, says) in {
+        "no_upsampling": (11, "OOO(IQL) ends above OOO(IQL) without up-sampling"),
+        "warm_start": (13, "OOO(IQL) from scratch ends above OOO(IQL) with a warm start"),
+        "sync": (14, "OOO(IQL) ends above OOO(IQL) with a synchronised explorer"),
+    }.items() for claim in on_all(
+        f"ooo-{run.replace('_', '-')}", {WALL: "return"}, f"OOO, Figure {figure}", says, "ooo",
+        ("ooo_iql", "retrained"), (run, "retrained"))],
     *on_all("iql-fine-tunes", {KITCHEN: "solved", MIXED: "solved"},
             "OOO, Table 1", "IQL is better after fine-tuning than before", "ooo",
             ("iql", "online"), ("iql", "offline")),
@@ -71,27 +79,30 @@ CLAIMS = [  # most worth per hour first
     *on_all("gde-pre", BODIES_AND_WALL,
             "GDE, Table 2", "GDE is better after fine-tuning than before",
             "gde", ("gde", "online"), ("pre", "offline")),
-    *on_all("gde-qdagger", {CHEETAH: SCORE, WALL: "return"},
+    *on_all("gde-qdagger", {CHEETAH: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 2", "GDE ends above QDagger", "gde", ("gde", "online"), ("qdagger", "online")),
-    *on_all("gde-re-iql", {CHEETAH: SCORE},
+    *on_all("gde-re-iql", {CHEETAH: SCORE, WALKER: SCORE},
             "GDE, Table 1", "ReIQL ends above OnIQL", "gde", ("re_iql", "online"), ("on_iql", "online")),
     *on_all("gde-on-iql", {HOPPER: SCORE},
             "GDE, Table 1", "OnIQL ends above ReIQL", "gde", ("on_iql", "online"), ("re_iql", "online")),
-    *on_all("gde-bp-iql", BODIES,
+    *on_all("gde-bp-iql", ALL_BODIES,
             "GDE, Table 1", "OnIQL ends above BpIQL", "gde", ("on_iql", "online"), ("bp_iql", "online")),
-    *on_all("gde-no-explorer", {CHEETAH: SCORE, WALL: "return"},
+    *[claim for script, name in {"td3_bc": "TD3+BC", "cql": "CQL"}.items() for claim in on_all(
+        f"gde-{script.replace('_', '-')}", {CHEETAH: SCORE},
+        "GDE, Table 3", f"GDE on {name} ends above {name}", "gde", (f"gde_{script}", "online"), (script, "online"))],
+    *on_all("gde-no-explorer", {CHEETAH: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 4", "GDE ends above GDE without explorer",
             "gde", ("gde", "online"), ("gde_no_explorer", "online")),
     *on_all("gde-alone", {CHEETAH: SCORE},
             "GDE, Table 4", "GDE without exploiter ends above GDE",
             "gde", ("gde_no_exploiter", "online"), ("gde", "online")),
-    *on_all("gde-no-exploiter", {HOPPER: SCORE, WALL: "return"},
+    *on_all("gde-no-exploiter", {HOPPER: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 4", "GDE ends above GDE without exploiter",
             "gde", ("gde", "online"), ("gde_no_exploiter", "online")),
     *on_all("gde-no-teacher", {CHEETAH: SCORE},
             "GDE, Table 4", "GDE without teacher ends above GDE",
             "gde", ("gde_no_teacher", "online"), ("gde", "online")),
-    *on_all("gde-teacher", {WALL: "return"},
+    *on_all("gde-teacher", {WALKER: SCORE, WALL: "return"},
             "GDE, Table 4", "GDE ends above GDE without teacher",
             "gde", ("gde", "online"), ("gde_no_teacher", "online")),
     *on_all("gde-n-steps", {WALL: "return"},
@@ -100,6 +111,10 @@ CLAIMS = [  # most worth per hour first
             "GDE, Table 5", "Filter ends above IQL", "gde", ("filter", "online"), ("iql", "online")),
     *on_all("gde-per", {HOPPER: SCORE, WALL: "return"},
             "GDE, Table 5", "IQL ends above PER", "gde", ("iql", "online"), ("per", "online")),
+    *on_all("gde-no-filter", {WALKER: SCORE},
+            "GDE, Table 5", "IQL ends above Filter", "gde", ("iql", "online"), ("filter", "online")),
+    *on_all("gde-per-better", {WALKER: SCORE},
+            "GDE, Table 5", "PER ends above IQL", "gde", ("per", "online"), ("iql", "online")),
     *[claim for run, (place, says) in {
         "none": ("Figure 4", "O3F on IQL ends above fine-tuning without selection"),
         "noise": ("Figure 5", "O3F on IQL ends above noise without ranking"),
@@ -123,12 +138,12 @@ CLAIMS = [  # most worth per hour first
         "uniform": ("Figure 4c", "balanced replay ends above uniform replay"),
         "off2onrl_1": ("Figure 4d", "an ensemble of five ends above one agent"),
     }.items() for claim in on_all(
-        f"off2onrl-{run}", {**BODIES, CHEETAH_LONG: SCORE}, f"Off2OnRL, {place}", says,
+        f"off2onrl-{run}", {**ALL_BODIES, CHEETAH_LONG: SCORE}, f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
     *on_all("off2onrl-pre-data", {RANDOM: SCORE, MEDIUM_EXPERT: SCORE},
             "Off2OnRL, Figure 3", "Off2OnRL is better after fine-tuning than before",
             "off2onrl", ("off2onrl", "online"), ("pre", "offline")),
-    *on_all("off2onrl-online-only", {CHEETAH: SCORE, CHEETAH_LONG: SCORE},
+    *on_all("off2onrl-online-only", {**ALL_BODIES, CHEETAH_LONG: SCORE},
             "Off2OnRL, Figure 4c", "balanced replay ends above online rows only",
             "off2onrl", ("off2onrl", "online"), ("online_only", "online")),
     *on_all("off2onrl-fqe", {CHEETAH: SCORE},
@@ -166,7 +181,10 @@ CLAIMS = [  # most worth per hour first
             "OOO, Table 2", "IQL is better after fine-tuning than before", "ooo",
             ("iql", "online"), ("iql", "offline")),
     *on_all("full-ooo-iql", {MAZE_FULL: "return"},
-            "OOO, Table 2", "OOO(IQL) ends above IQL", "ooo", ("ooo_iql", "retrained"), ("iql", "online")),
+            "OOO, Tables 1 and 2", "OOO(IQL) ends above IQL", "ooo", ("ooo_iql", "retrained"), ("iql", "online")),
+    *on_all("full-ooo-iql-bonus", {MAZE_FULL: "return"},
+            "OOO, Figure 4", "retraining ends above IQL + bonus", "ooo",
+            ("ooo_iql", "retrained"), ("ooo_iql", "online")),
     *on_all("full-ooo-td3", {MAZE_FULL: "return"},
             "OOO, Table 2", "TD3 + RND ends above OOO(IQL)", "ooo", ("td3", "online"), ("ooo_iql", "retrained")),
     *on_all("full-ooo-pex", {MAZE_FULL: "return"},

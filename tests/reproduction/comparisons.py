@@ -95,6 +95,13 @@ GDE = {
     "gde_no_teacher": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --teacher none", {
         "online": "GDE without teacher"}),
     "gde_1_step": Run("gde_iql", "NETS DATA ONLINE TRIALS AFTER_pre --n-steps 1", {"online": "GDE with n = 1"}),
+    # other offline methods underneath (its Table 3); the naive way is to go on with the offline method
+    "td3_bc_pre": Run("td3_bc", "NETS CRITICS DATA OFFLINE --online-steps 0", {"offline": "TD3+BC, offline"}),
+    "td3_bc": Run("td3_bc", "NETS CRITICS DATA ONLINE AFTER_td3_bc_pre", {"online": "TD3+BC"}),
+    "gde_td3_bc": Run("gde_td3_bc", "NETS CRITICS DATA ONLINE TRIALS AFTER_td3_bc_pre", {"online": "GDE on TD3+BC"}),
+    "cql_pre": Run("cql", "NETS CRITICS CQL DATA CQL_OFFLINE --online-steps 0", {"offline": "CQL, offline"}),
+    "cql": Run("cql", "NETS CRITICS CQL DATA ONLINE AFTER_cql_pre", {"online": "CQL"}),
+    "gde_cql": Run("gde_cql", "NETS CRITICS CQL DATA ONLINE TRIALS AFTER_cql_pre", {"online": "GDE on CQL"}),
     # a defect of IQL's official code: the dataset's rewards are scaled, and those seen online are not
     "raw_online": Run("iql", "NETS DATA ONLINE AFTER_pre", {"online": "IQL, online rewards not scaled"}, (
         ("Transition(obs, action, reached.reward,",
@@ -211,12 +218,14 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
     } for task in ("complete", "mixed")},
     ("gde", "point-mass-wall"): {
         "ALL": "--num-envs 48", "DATA": "--dataset own",
-        **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX"), ""),
+        **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX", "CQL",
+                         "CQL_OFFLINE"), ""),
     },
     # here IQL's offline policy solves nothing, and so there is nothing to fine-tune
     ("gde", "antmaze-umaze-diverse"): {
         **LOCOMOTION, "ALL": "--num-envs 1 --eval-every 10000 --eval-episodes 20 --checkpoint-every 5000",
-        "DATA": "--dataset own", **dict.fromkeys(("TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX"), ""),
+        "DATA": "--dataset own",
+        **dict.fromkeys(("TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX", "CQL", "CQL_OFFLINE"), ""),
     },
     **{(comparison, f"{body}-{data}"): {
         **LOCOMOTION, "ENV": body, "DATA": f"--dataset ooo/{body}/{data}-v0", **more,
@@ -224,7 +233,8 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         ("gde", ("medium",), {
             "AWAC": "--offline-steps 10000 --batch-size 256", "PRIOR": "--offline-steps 10000",
             "ONLINE": "--online-steps 100000", "OFTEN": "--eval-every 5000 --eval-episodes 5", "TRIALS": "",
-            "PEX": "--return-range 1000 --expectile 0.7 --temperature 3"}),  # IQL's, whose critics go on
+            "PEX": "--return-range 1000 --expectile 0.7 --temperature 3",  # IQL's, whose critics go on
+            "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000"}),
         ("o3f", ("medium",), {
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
             "MANY": "--online-steps 2500 --checkpoint-every 500"}),

@@ -130,7 +130,7 @@ This page is written by `python tests/reproduction/claims.py`, from the records 
 Budgets and networks are a small share of the papers'. Tasks whose name ends in `-full` have the
 paper's own budget and networks, those in `-steps` its budget and small networks, and those in
 `-long` a larger share of it. Three seeds each, if [all runs](results/runs.md) does not say
-otherwise.
+otherwise. Of a run that was cut off, the last evaluation counts; that page says which ones were.
 
 {counts(papers)}
 
@@ -230,6 +230,8 @@ def row(comparison: str, task: str, run: str, record: dict) -> str:
     names, measure = COMPARISONS[comparison][run].rows, measure_of(record)
     found = {phase: records.values(record, phase, measure) for phase in PHASES if phase in names}
     cells = [tables.cell(list(found[phase])) if found.get(phase) is not None else "-" for phase in PHASES]
+    if stopped := record.get("stopped"):
+        cells[PHASES.index(stopped["phase"])] += f" at step {stopped['step']:,} of {stopped['planned']:,}"
     name = [names[phase] for phase in PHASES if found.get(phase) is not None][-1]
     link = f"[{name}]({records.path_of(comparison, task, run).name})"
     seeds, failed = len(record["seeds"]), len(record["failed"])

@@ -1,6 +1,7 @@
-"""The small record that stays of a finished run: docs/results/<comparison>-<task>-<run>.json.
+"""The small record that stays of a run: docs/results/<comparison>-<task>-<run>.json.
 
-It holds command, versions, hardware, what every seed reached in every phase, and the evaluations on the way.
+It holds command, versions, hardware, what every seed reached in every phase, and the evaluations on the way. The
+record of a run that was cut off says where.
 """
 
 import csv
@@ -32,8 +33,11 @@ def values(record: dict, phase: str, measure: str) -> np.ndarray | None:
 
 
 def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
-    """Writes the record of the finished run in `folder`: what a reader needs to judge it, and no more."""
-    result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
+    """Writes the record of the run in `folder`: what a reader needs to judge it, and no more.
+
+    Of a run that was cut off, the last evaluations count; `stopped` has their phase, step and the steps planned.
+    """
+    config = json.loads((folder / "config.json").read_text())
     curves: dict = {}
     with (folder / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -42,6 +46,8 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
                 by_step = curves.setdefault(row["phase"], {}).setdefault(metric, {})
                 value = float(row["value"])
                 by_step.setdefault(row["step"], []).append(value if math.isfinite(value) else None)
+    finished = folder / "result.json"
+    result = json.loads(finished.read_text()) if finished.exists() else _cut_off(curves, config["settings"])
     record = {
         "command": f"python algos/{config['method']}.py {' '.join(_what(config['command'].split()[1:], folder))}",
         "dataset": _data(folder), "seeds": result["seeds"], "failed": result["failed"],
@@ -49,9 +55,31 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
         "wall_seconds": result["wall_seconds"],
         "phases": result["phases"], "curves": curves,
     }  # fmt: skip
+    record |= {"stopped": result["stopped"]} if "stopped" in result else {}
     FOLDER.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in record.items())
     path_of(comparison, task, run).write_text(f"{{\n{lines}\n}}\n")
+
+
+def _cut_off(curves: dict, settings: dict) -> dict:
+    """What stands in the place of result.json where a run never wrote one.
+
+    Drops evaluations from `curves` that not all seeds have.
+    """
+    for found in curves.values():
+        for measure, by_step in found.items():
+            found[measure] = {s: v for s, v in by_step.items() if len(v) == settings["num_seeds"]}
+    last = {
+        name: {measure: list(by_step.values())[-1] for measure, by_step in found.items()}
+        for name, found in curves.items()
+    }
+    phase = list(curves)[-1]
+    planned = {"offline": "offline_steps", "online": "online_steps", "retrained": "retrain_steps"}[phase]
+    step = int(list(next(iter(curves[phase].values())))[-1])
+    return {
+        "seeds": [settings["seed"] + i for i in range(settings["num_seeds"])], "failed": {}, "wall_seconds": None,
+        "phases": last, "stopped": {"phase": phase, "step": step, "planned": settings[planned]},
+    }  # fmt: skip
 
 
 def _rounded(value):
