@@ -55,8 +55,6 @@ OOO = {
     # Defects of its official code. RND's deviation is that of the error already divided by it. A ring of
     # 500,000 rows holds the offline rows, too, and new rows overwrite them. The compiled step never changes RND's
     # predictor; its normalisers do learn here, and not there.
-    "ooo_iql_rnd": Run("ooo_iql", "IQL IQL_RETRAIN --intrinsic rnd", {
-        "online": "IQL + RND", "retrained": "OOO(IQL) with RND"}),
     "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN --intrinsic rnd", {
         "online": "IQL + RND, normalised twice", "retrained": "OOO(IQL), RND normalised twice"}, (
         ("rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"),)),
