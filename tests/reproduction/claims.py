@@ -140,6 +140,9 @@ CLAIMS = [  # most worth per hour first
     }.items() for claim in on_all(
         f"off2onrl-{run}", {**ALL_BODIES, CHEETAH_LONG: SCORE}, f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
+    *[claim for run, name in {"awac": "AWAC", "bcq": "BCQ-ft"}.items() for claim in on_all(
+        f"off2onrl-{run}", ALL_BODIES, "Off2OnRL, Figure 3", f"Off2OnRL ends above {name}",
+        "off2onrl", ("off2onrl", "online"), (run, "online"))],
     *on_all("off2onrl-pre-data", {RANDOM: SCORE, MEDIUM_EXPERT: SCORE},
             "Off2OnRL, Figure 3", "Off2OnRL is better after fine-tuning than before",
             "off2onrl", ("off2onrl", "online"), ("pre", "offline")),

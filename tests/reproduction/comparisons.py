@@ -146,6 +146,9 @@ OFF2ONRL = {
     "sac_ft": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay uniform", {
         "online": "SAC-ft"}),
     "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
+    # one agent each; the paper has ensembles
+    "awac": Run("awac", "NETS CRITICS DATA OFFLINE ONLINE", {"offline": "AWAC, offline", "online": "AWAC"}),
+    "bcq": Run("bcq", "NETS CRITICS VAE DATA OFFLINE ONLINE", {"offline": "BCQ, offline", "online": "BCQ-ft"}),
 }  # fmt: skip
 
 # Not a paper's question: does it cost anything that many environments act side by side? Steps of the environment
@@ -237,7 +240,7 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
             "MANY": "--online-steps 2500 --checkpoint-every 500"}),
         ("off2onrl", ("random", "medium", "medium-expert"), {
-            "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4",
+            "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4", "VAE": "--vae-hidden 64 64",
             "OFFLINE": "--offline-steps 10000", "ONLINE": "--online-steps 25000", "FQE": "--fqe-steps 5000"}),
         ("base", ("medium", "medium-expert"), {
             "ALL": "--eval-every 10000 --eval-episodes 20 --checkpoint-every 10000",
