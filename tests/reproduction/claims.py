@@ -164,7 +164,7 @@ CLAIMS = [  # most worth per hour first
         "num_envs", (f"{method}_1", "online"), (f"{method}_{n}", "online"))],
     # defects of official codes, put back into our scripts
     *[claim for run, (task, what, name, method, mended) in {
-        "rnd_twice": (MAZE, "RND's error normalised twice", "OOO(IQL)", "iql", "ooo_iql"),
+        "rnd_twice": (MAZE, "RND's error normalised twice", "OOO(IQL)", "iql", "ooo_iql_64"),
         "one_ring": (MAZE, "one ring of 500,000 rows", "OOO(IQL)", "iql", "ooo_iql"),
         "still_rnd": (WALL, "an RND that does not learn", "OOO(Cal-QL)", "cal_ql", "ooo_cal_ql"),
     }.items() for word in [run.replace("_", "-")]

@@ -25,12 +25,13 @@ class Run:
     changes: tuple[tuple[str, str], ...] = ()
 
 
+# where all other networks have 64 or 128 units: RND's 512 would take most of the time on two cores
+SMALL_RND = "MLP((512, 512, 512) if", "MLP((64, 64, 64) if"
 OOO = {
     "iql": Run("iql", "IQL", {"offline": "IQL, offline", "online": "IQL"}),
     "ooo_iql": Run("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + bonus", "retrained": "OOO(IQL)"}),
-    # where all other networks have 64 units: RND's 512 would take most of the time on two cores
-    "ooo_iql_64": Run("ooo_iql", "IQL IQL_RETRAIN", {"online": "IQL + RND of 64 units", "retrained": "OOO(IQL)"}, (
-        ("MLP((512, 512, 512) if", "MLP((64, 64, 64) if"),)),
+    "ooo_iql_64": Run("ooo_iql", "IQL IQL_RETRAIN", {
+        "online": "IQL + RND of 64 units", "retrained": "OOO(IQL), RND of 64 units"}, (SMALL_RND,)),
     "pex": Run("pex", "IQL", {"online": "PEX"}),
     "cql": Run("cql", "CQL", {"offline": "CQL, offline", "online": "CQL"}),
     "sac_ft": Run("sac", "SAC AFTER_cql --random-steps 0", {"online": "SAC-ft (from CQL)"}),
@@ -55,9 +56,10 @@ OOO = {
     # Defects of its official code. RND's deviation is that of the error already divided by it. A ring of
     # 500,000 rows holds the offline rows, too, and new rows overwrite them. The compiled step never changes RND's
     # predictor; its normalisers do learn here, and not there.
-    "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN --intrinsic rnd", {
-        "online": "IQL + RND, normalised twice", "retrained": "OOO(IQL), RND normalised twice"}, (
-        ("rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"),)),
+    "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN", {
+        "online": "IQL + RND of 64 units, normalised twice",
+        "retrained": "OOO(IQL), RND of 64 units, normalised twice"}, (SMALL_RND, (
+        "rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"))),
     "one_ring": Run("ooo_iql", "IQL IQL_RETRAIN", {
         "online": "IQL + RND, one ring", "retrained": "OOO(IQL), one ring"}, (
         ("(num_updates, args.batch_size), 0, filled)",
