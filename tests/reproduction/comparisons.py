@@ -58,8 +58,8 @@ OOO = {
     # predictor; its normalisers do learn here, and not there.
     "rnd_twice": Run("ooo_iql", "IQL IQL_RETRAIN", {
         "online": "IQL + RND of 64 units, normalised twice",
-        "retrained": "OOO(IQL), RND of 64 units, normalised twice"}, (SMALL_RND, (
-        "rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"))),
+        "retrained": "OOO(IQL), RND of 64 units, normalised twice"}, (
+        ("rnd.error.update(novelty(static, rnd, batch))", "rnd.error.update(bonus(static, rnd, batch))"), SMALL_RND)),
     "one_ring": Run("ooo_iql", "IQL IQL_RETRAIN", {
         "online": "IQL + RND, one ring", "retrained": "OOO(IQL), one ring"}, (
         ("(num_updates, args.batch_size), 0, filled)",
