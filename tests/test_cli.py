@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooo_rl.algos import dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, td3
+from ooo_rl.algos import dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, rlpd, td3
 from ooo_rl.data.datasets import write as dataset_files
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import plan, session
@@ -552,3 +552,16 @@ def test_a_scale_that_the_data_set_cannot_change_online():
     ):
         cli.check_online_change(args)
     cli.check_online_change(replace(args, return_range=0.0))
+
+
+@pytest.mark.parametrize("ratio", ["0.5", "0", "-1"])
+def test_a_share_of_offline_rows_needs_offline_rows(ratio):
+    """Else the flag changes nothing, and nobody hears of it. A script's own share may find none."""
+    flags = ["--env", "ant-sparse", "--offline-steps", "0", "--offline-ratio", ratio]
+    if float(ratio) > 0:
+        with pytest.raises(UsageError, match=r"--offline-ratio 0\.5 needs --dataset, and it is none"):
+            cli.parse(td3.Args, flags)
+    else:
+        assert cli.parse(td3.Args, flags).offline_ratio == float(ratio)
+    assert cli.parse(td3.Args, ["--dataset", "own", "--offline-ratio", ratio]).offline_ratio == float(ratio)
+    assert cli.parse(rlpd.Args, flags[:4]).offline_ratio == 0.5

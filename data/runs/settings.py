@@ -195,7 +195,11 @@ def parse(args_type: type, argv: list[str] | None = None) -> Any:
     if known.resume not in ("", "auto"):
         return _flags(args_type, argv, args_type(resume=known.resume))
     default = args_type.exactly(_family(args_type, known.env, known.dataset, known.online_steps))
-    return resolved(_flags(args_type, argv, default))
+    args = resolved(_flags(args_type, argv, default))
+    ratio, usual = (getattr(of, "offline_ratio", 0) for of in (args, default))
+    if args.dataset == "none" and ratio > 0 and ratio != usual:  # a script's own share may find no rows
+        raise UsageError(f"--offline-ratio {ratio:g} needs --dataset, and it is none; name one, or use 0")
+    return args
 
 
 def _flags(args_type: type, argv: list[str], default: Any) -> Any:
