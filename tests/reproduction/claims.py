@@ -46,10 +46,10 @@ CLAIMS = [  # most worth per hour first
     *on_all("ooo-frozen", {WALL: "return"},
             "OOO, Figure 3", "OOO(IQL) ends above OOO(IQL) with the bonus kept", "ooo",
             ("ooo_iql", "retrained"), ("frozen_bonus", "retrained")),
-    *[claim for run, (figure, says) in {
-        "no_upsampling": (11, "OOO(IQL) ends above OOO(IQL) without up-sampling"),
-        "warm_start": (13, "OOO(IQL) from scratch ends above OOO(IQL) with a warm start"),
-        "sync": (14, "OOO(IQL) ends above OOO(IQL) with a synchronised explorer"),
+    *[claim for run, (figure, says) in {  # of the last two we know the question alone
+        "no_upsampling": ("11", "OOO(IQL) ends above OOO(IQL) without up-sampling"),
+        "warm_start": ("13 (direction ours)", "OOO(IQL) from scratch ends above OOO(IQL) with a warm start"),
+        "sync": ("14 (direction ours)", "OOO(IQL) ends above OOO(IQL) with a synchronised explorer"),
     }.items() for claim in on_all(
         f"ooo-{run.replace('_', '-')}", {WALL: "return"}, f"OOO, Figure {figure}", says, "ooo",
         ("ooo_iql", "retrained"), (run, "retrained"))],
