@@ -565,3 +565,7 @@ def test_a_share_of_offline_rows_needs_offline_rows(ratio):
         assert cli.parse(td3.Args, flags).offline_ratio == float(ratio)
     assert cli.parse(td3.Args, ["--dataset", "own", "--offline-ratio", ratio]).offline_ratio == float(ratio)
     assert cli.parse(rlpd.Args, flags[:4]).offline_ratio == 0.5
+    with pytest.raises(UsageError, match=r"--offline-ratio 0\.25 needs --dataset"):
+        cli.resolved(
+            replace(rlpd.Args(), env="ant-sparse", offline_steps=0, offline_ratio=0.25)
+        )  # from Python

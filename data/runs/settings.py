@@ -195,11 +195,7 @@ def parse(args_type: type, argv: list[str] | None = None) -> Any:
     if known.resume not in ("", "auto"):
         return _flags(args_type, argv, args_type(resume=known.resume))
     default = args_type.exactly(_family(args_type, known.env, known.dataset, known.online_steps))
-    args = resolved(_flags(args_type, argv, default))
-    ratio, usual = (getattr(of, "offline_ratio", 0) for of in (args, default))
-    if args.dataset == "none" and ratio > 0 and ratio != usual:  # a script's own share may find no rows
-        raise UsageError(f"--offline-ratio {ratio:g} needs --dataset, and it is none; name one, or use 0")
-    return args
+    return resolved(_flags(args_type, argv, default))
 
 
 def _flags(args_type: type, argv: list[str], default: Any) -> Any:
@@ -364,6 +360,10 @@ def check(args: Any) -> None:
         raise UsageError(
             f"--offline-steps {args.offline_steps} needs --dataset; {args.env} has none of its own"
         )
+    usual = _family(type(args), args.env, args.dataset, args.online_steps)
+    ratio, own = (getattr(of, "offline_ratio", 0) for of in (args, type(args)))
+    if args.dataset == "none" and ratio > 0 and ratio != usual.get("offline_ratio", own):
+        raise UsageError(f"--offline-ratio {ratio:g} needs --dataset, and it is none; name one, or use 0")
     if args.env == "none" and args.online_steps:
         raise UsageError(
             f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, "
