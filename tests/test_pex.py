@@ -1,4 +1,4 @@
-"""PEX: the composite policy, its file and its update against NumPy in float64; offline it is IQL to the bit.
+"""PEX: the composite policy, its file and its update against NumPy in float64; offline it is IQL.
 
 Also the probes, and how a policy is added.
 """
@@ -221,10 +221,14 @@ def lines_of(folder, phase):
     ]
 
 
-def test_offline_it_is_iql_to_the_bit(ran):
-    ours, theirs = (lines_of(folder, "offline") for folder in ran)
-    assert any(",eval/return," in line for line in ours)
-    assert [line for line in ours if ",eval/" not in line] == theirs
+def test_offline_it_is_iql(ran):
+    """But for rounding: XLA makes two programs of the same update, and some processors round them differently."""
+    ours, theirs = ([line.rsplit(",", 1) for line in lines_of(folder, "offline")] for folder in ran)
+    assert any(",eval/return" in name for name, _ in ours)
+    ours = [(name, value) for name, value in ours if ",eval/" not in name]
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    values = [np.array([float(value) for _, value in lines]) for lines in (ours, theirs)]
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-7)
 
 
 def test_nothing_is_learnt_before_learning_starts(ran):
