@@ -86,8 +86,13 @@ def arrays(path):
         return {key: file[key] for key in file.files if file[key].dtype.kind in "fiub"}
 
 
-def assert_same(folder, expected):
-    assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
+def assert_same(folder, expected, rounding=0.0):
+    """All alike to the bit; the logged means may differ by `rounding`, relative to their size."""
+    logs = [(f / "metrics.csv").read_text().splitlines()[1:] for f in (folder, expected)]
+    ours, theirs = ([line.rsplit(",", 1) for line in lines] for lines in logs)
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    values = [np.array([float(value) for _, value in lines]) for lines in (ours, theirs)]
+    np.testing.assert_allclose(*values, rtol=rounding)
     results = [json.loads((f / "result.json").read_text()) for f in (folder, expected)]
     for result in results:
         for key in TIMING:
@@ -124,7 +129,8 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bits(place, undisturbed):
 
         assert kill_when(process, condition) or moment == "any", f"no checkpoint was caught in {phase}"
     finish(place, start(place, "ooo_iql", "--resume", folder, devices=1))
-    assert_same(folder, undisturbed)
+    # The policies have the same bits. But some processors sum a loss otherwise where one device has all seeds.
+    assert_same(folder, undisturbed, rounding=1e-6)
 
 
 @pytest.mark.slow
