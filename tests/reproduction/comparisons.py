@@ -121,6 +121,8 @@ O3F = {
     "o3f_lapo": Run("o3f_lapo", "NETS LAPO DATA MANY AFTER_lapo_pre", {"online": "O3F on LAPO"}),
     "noise_lapo": Run("o3f_lapo", "NETS LAPO DATA MANY AFTER_lapo_pre --candidates 1", {
         "online": "noise on LAPO, no ranking"}),
+    "none_lapo": Run("o3f_lapo", "NETS LAPO DATA MANY AFTER_lapo_pre --candidates 1 --candidate-std 0", {
+        "online": "LAPO's own actions"}),
     # an objective that changes as the online phase begins (its Figures 2 and 3)
     "loose_iql": Run("o3f_iql", "NETS DATA ONLINE AFTER_pre --candidates 1 --candidate-std 0 "
                      "--online-change expectile=0.85", {"online": "IQL, expectile 0.7, then 0.85"}),
@@ -128,6 +130,16 @@ O3F = {
     "cql": Run("cql", "NETS CRITICS CQL DATA ONLINE AFTER_cql_pre --q-bias", {"online": "CQL"}),
     "sac_ft": Run("sac", "NETS CRITICS DATA ONLINE AFTER_cql_pre --random-steps 0 --q-bias", {
         "online": "SAC after CQL"}),
+    "lagrange_pre": Run("cql", "NETS CRITICS CQL DATA CQL_OFFLINE --online-steps 0 LAGRANGE", {
+        "offline": "CQL with a gap of 5, offline"}),
+    "lagrange": Run("cql", "NETS CRITICS CQL DATA ONLINE AFTER_lagrange_pre LAGRANGE", {
+        "online": "CQL, gap of 5"}),
+    "loose_cql": Run("cql", "NETS CRITICS CQL DATA ONLINE AFTER_lagrange_pre LAGRANGE "
+                     "--online-change lagrange-gap=0.5", {"online": "CQL, gap of 5, then 0.5"}),
+    "awac_pre": Run("awac", "NETS CRITICS AWAC DATA OFFLINE --online-steps 0", {"offline": "AWAC, offline"}),
+    "awac": Run("awac", "NETS CRITICS AWAC DATA ONLINE AFTER_awac_pre", {"online": "AWAC"}),
+    "loose_awac": Run("awac", "NETS CRITICS AWAC DATA ONLINE AFTER_awac_pre --online-change beta=0.1", {
+        "online": "AWAC, beta of 1, then 0.1"}),
 }  # fmt: skip
 
 OFF2ONRL = {
@@ -240,6 +252,7 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000"}),
         ("o3f", ("medium",), {
             "CQL": "--num-samples 4", "CQL_OFFLINE": "--offline-steps 20000", "LAPO": "--batch-size 256",
+            "LAGRANGE": "--lagrange --lagrange-gap 5", "AWAC": "--beta 1 --batch-size 256",
             "MANY": "--online-steps 2500 --checkpoint-every 500"}),
         ("off2onrl", ("random", "medium", "medium-expert"), {
             "ALL": f"{LOCOMOTION['ALL']} --batch-size 64", "CQL": "--num-samples 4", "VAE": "--vae-hidden 64 64",
