@@ -36,7 +36,8 @@ CHEETAH_LONG, WALKER = f"{CHEETAH}-long", "walker2d-medium"
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
 ALL_BODIES = {**BODIES, WALKER: SCORE}
 BODIES_AND_WALL = {**ALL_BODIES, WALL: "return"}
-RANDOM, MEDIUM_EXPERT = "halfcheetah-random", "halfcheetah-medium-expert"
+BODY_NAMES = "halfcheetah", "hopper", "walker2d"
+OTHER_DATA = {f"{body}-{data}": SCORE for data in ("random", "medium-expert") for body in BODY_NAMES}
 CLAIMS = [  # most worth per hour first
     *on_all("ooo-iql", {WALL: "return", MAZE: "return", KITCHEN: "solved"},
             "OOO, Tables 1 and 2", "OOO(IQL) ends above IQL", "ooo", ("ooo_iql", "retrained"), ("iql", "online")),
@@ -119,12 +120,19 @@ CLAIMS = [  # most worth per hour first
         "none": ("Figure 4", "O3F on IQL ends above fine-tuning without selection"),
         "noise": ("Figure 5", "O3F on IQL ends above noise without ranking"),
         "pre": ("Figure 4", "O3F on IQL is better after fine-tuning than before"),
+        "loose_iql": ("Figure 3", "O3F on IQL ends above IQL with a larger expectile online"),
     }.items() for claim in on_all(
-        f"o3f-{run}", BODIES, f"O3F, {place}", says,
+        f"o3f-{run}", ALL_BODIES, f"O3F, {place}", says,
         "o3f", ("o3f", "online"), (run, "offline" if run == "pre" else "online"))],
-    *on_all("o3f-loose-iql", {CHEETAH: SCORE},
-            "O3F, Figure 3", "O3F on IQL ends above IQL with a larger expectile online",
-            "o3f", ("o3f", "online"), ("loose_iql", "online")),
+    *on_all("o3f-omega", {HOPPER: SCORE, WALKER: SCORE},
+            "O3F, Figure 6 (direction ours)", "O3F by the critics' mean ends above O3F by mean and deviation",
+            "o3f", ("o3f", "online"), ("omega", "online")),
+    *[claim for run, (before, says) in {
+        "loose_awac": ("awac", "AWAC ends above AWAC whose beta falls online"),
+        "loose_cql": ("lagrange", "CQL ends above CQL whose gap falls online"),
+    }.items() for claim in on_all(
+        f"o3f-{run.replace('_', '-')}", {CHEETAH: SCORE}, "O3F, Figure 3 (direction ours)", says,
+        "o3f", (before, "online"), (run, "online"))],
     *on_all("o3f-lapo", {CHEETAH: SCORE},
             "O3F, Figure 5", "O3F on LAPO ends above noise without ranking",
             "o3f", ("o3f_lapo", "online"), ("noise_lapo", "online")),
@@ -138,14 +146,15 @@ CLAIMS = [  # most worth per hour first
         "uniform": ("Figure 4c", "balanced replay ends above uniform replay"),
         "off2onrl_1": ("Figure 4d", "an ensemble of five ends above one agent"),
     }.items() for claim in on_all(
-        f"off2onrl-{run}", {**ALL_BODIES, CHEETAH_LONG: SCORE}, f"Off2OnRL, {place}", says,
+        f"off2onrl-{run}", {**ALL_BODIES, CHEETAH_LONG: SCORE, **(OTHER_DATA if run in ("pre", "sac_ft") else {})},
+        f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
     *[claim for run, name in {"awac": "AWAC", "bcq": "BCQ-ft"}.items() for claim in on_all(
-        f"off2onrl-{run}", ALL_BODIES, "Off2OnRL, Figure 3", f"Off2OnRL ends above {name}",
+        f"off2onrl-{run}", {**ALL_BODIES, **OTHER_DATA}, "Off2OnRL, Figure 3", f"Off2OnRL ends above {name}",
         "off2onrl", ("off2onrl", "online"), (run, "online"))],
-    *on_all("off2onrl-pre-data", {RANDOM: SCORE, MEDIUM_EXPERT: SCORE},
-            "Off2OnRL, Figure 3", "Off2OnRL is better after fine-tuning than before",
-            "off2onrl", ("off2onrl", "online"), ("pre", "offline")),
+    *on_all("off2onrl-falls", ALL_BODIES,
+            "Off2OnRL, Figure 1a", "a CQL agent is better before SAC with online rows only than after",
+            "off2onrl", ("pre_1", "offline"), ("online_only_1", "online")),
     *on_all("off2onrl-online-only", {**ALL_BODIES, CHEETAH_LONG: SCORE},
             "Off2OnRL, Figure 4c", "balanced replay ends above online rows only",
             "off2onrl", ("off2onrl", "online"), ("online_only", "online")),

@@ -159,6 +159,8 @@ OFF2ONRL = {
         "online": "Off2OnRL, one agent"}),
     "sac_ft": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay uniform", {
         "online": "SAC-ft"}),
+    "online_only_1": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay online", {
+        "online": "SAC-ft, online rows only (Fig. 1a)"}),
     "sac": Run("sac", "NETS CRITICS --dataset none ONLINE", {"online": "SAC from scratch"}),
     # one agent each; the paper has ensembles
     "awac": Run("awac", "NETS CRITICS DATA OFFLINE ONLINE", {"offline": "AWAC, offline", "online": "AWAC"}),

@@ -1,4 +1,4 @@
-"""The pages of results, from the records alone: docs/results.md, two longer ones, a figure and a table.
+"""The pages of results, from the records alone: docs/results.md, two longer ones, two figures and a table.
 
 The verdict on a claim comes from the chance that a seed of the one policy beats a seed of the other (Agarwal et
 al. 2021), by an exact permutation test. With three seeds each all pairs have to agree. The bootstrap interval of
@@ -15,7 +15,7 @@ import records
 import tables
 from comparisons import BUDGETS, COMPARISONS
 
-from ooo_rl.data.figures import aggregates
+from ooo_rl.data.figures import aggregates, curves
 from ooo_rl.data.figures.intervals import ScorePanel, score_intervals
 
 CLAIMS_PAGE = records.FOLDER.with_suffix(".md")
@@ -23,6 +23,7 @@ DETAILS_PAGE = records.FOLDER / "claims.md"
 RUNS_PAGE = records.FOLDER / "runs.md"
 SEEDS = records.FOLDER / "seeds.csv"
 FIGURE = records.FOLDER.parent / "figures" / "results.png"
+SHARES = FIGURE.with_name("off2onrl_share.png")
 TITLES = {
     "ooo": "OOO", "gde": "GDE", "o3f": "O3F", "off2onrl": "Off2OnRL", "base": "Offline",
     "num_envs": "Number of environments",
@@ -299,6 +300,21 @@ def panels() -> list[ScorePanel]:
     return found
 
 
+def shares() -> list[dict]:
+    """The share of offline rows in Off2OnRL's batches, as rows of a figure: bodies are panels, data are settings."""
+    rows = []
+    for (comparison, task), runs in recorded().items():
+        body, _, data = task.partition("-")
+        logged = runs.get("off2onrl", {}).get("logged", {}) if comparison == "off2onrl" else {}
+        for step, values in logged.get("online", {}).get("offline_share", {}).items():
+            rows += [
+                {"phase": body, "setting": data, "step": step, "seed": seed, "metric": "share of offline rows",
+                 "value": value}
+                for seed, value in enumerate(values)
+            ]  # fmt: skip
+    return sorted(rows, key=lambda row: (row["phase"], row["setting"], int(row["step"])))
+
+
 def seeds_csv() -> str:
     """What each seed of each recorded run reached: one row per run, phase, measure and seed."""
     text = io.StringIO()
@@ -331,4 +347,7 @@ def write(claims: list[Claim]) -> list[pathlib.Path]:
     for path, text in written.items():
         path.write_text(text)
     score_intervals(panels(), FIGURE)
-    return [*written, FIGURE]
+    if rows := shares():
+        units = dict.fromkeys((row["phase"] for row in rows), "environment steps")
+        curves.learning_curves(rows, SHARES, "share of offline rows", units=units)
+    return [*written, FIGURE, *([SHARES] if rows else [])]

@@ -1,7 +1,7 @@
 """The small record that stays of a run: docs/results/<comparison>-<task>-<run>.json.
 
-It holds command, versions, hardware, what every seed reached in every phase, and the evaluations on the way. The
-record of a run that was cut off says where.
+It holds command, versions, hardware, what every seed reached in every phase, the evaluations on the way, and the
+few metrics of training that a figure needs. The record of a run that was cut off says where.
 """
 
 import csv
@@ -14,6 +14,7 @@ import tables
 
 FOLDER = tables.REPO / "docs" / "results"
 MEASURES = "normalized_score", "solved", "success", "return", "length", "q_bias"
+LOGGED = "offline_share", "auroc"  # of training, where a method logs them
 
 
 def path_of(comparison: str, task: str, run: str) -> pathlib.Path:
@@ -38,14 +39,8 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
     Of a run that was cut off, the last evaluations count; `stopped` has their phase, step and the steps planned.
     """
     config = json.loads((folder / "config.json").read_text())
-    curves: dict = {}
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            metric = row["metric"].removeprefix("eval/")
-            if row["metric"].startswith("eval/") and metric in MEASURES:
-                by_step = curves.setdefault(row["phase"], {}).setdefault(metric, {})
-                value = float(row["value"])
-                by_step.setdefault(row["step"], []).append(value if math.isfinite(value) else None)
+    rows = _rows(folder)
+    curves = _curves(rows, {f"eval/{measure}" for measure in MEASURES})
     finished = folder / "result.json"
     result = json.loads(finished.read_text()) if finished.exists() else _cut_off(curves, config["settings"])
     record = {
@@ -56,9 +51,27 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
         "phases": result["phases"], "curves": curves,
     }  # fmt: skip
     record |= {"stopped": result["stopped"]} if "stopped" in result else {}
+    logged = _curves(rows, set(LOGGED))
+    record |= {"logged": logged} if logged else {}
     FOLDER.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in record.items())
     path_of(comparison, task, run).write_text(f"{{\n{lines}\n}}\n")
+
+
+def _rows(folder: pathlib.Path) -> list[dict]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _curves(rows: list[dict], wanted: set[str]) -> dict:
+    """phase -> metric -> step -> the value of each seed, None where it is not finite."""
+    curves: dict = {}
+    for row in rows:
+        if row["metric"] in wanted:
+            metric, value = row["metric"].removeprefix("eval/"), float(row["value"])
+            by_step = curves.setdefault(row["phase"], {}).setdefault(metric, {})
+            by_step.setdefault(row["step"], []).append(value if math.isfinite(value) else None)
+    return curves
 
 
 def _cut_off(curves: dict, settings: dict) -> dict:
