@@ -19,6 +19,7 @@ sys.path.insert(0, str(REPRODUCTION))
 import claims  # noqa: E402
 import pages  # noqa: E402
 import records  # noqa: E402
+import shift  # noqa: E402
 import tables  # noqa: E402
 from comparisons import BUDGETS, COMPARISONS, sources, words_of  # noqa: E402
 
@@ -256,6 +257,42 @@ def test_the_page_of_runs_has_scores_regret_and_commands(tmp_path, monkeypatch):
         "| [IQL](ooo-point-mass-wall-iql.json) | 2 | - | 0.75 [0.50, 1.00] | - | 0.25 [0.00, 0.50] | cpu:0 |"
         in text
     )
+
+
+def test_a_record_keeps_the_share_of_offline_rows_for_its_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
+    folder = finished(tmp_path / "a" / "b" / "c", "algos/off2onrl.py", [1.0, 2.0], {10: [1, 2]})
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("online,5,0,,offline_share,0.75\nonline,5,1,,offline_share,0.5\n")
+    records.keep("off2onrl", "hopper-random", "off2onrl", folder)
+    record = records.read("off2onrl", "hopper-random", "off2onrl")
+    assert record["logged"] == {"online": {"offline_share": {"5": [0.75, 0.5]}}}
+    assert list(record["curves"]["online"]) == ["return", "success"]
+    drawn = [(row["phase"], row["setting"], row["step"], row["seed"], row["value"]) for row in pages.shares()]
+    assert drawn == [("hopper", "random", "5", 0, 0.75), ("hopper", "random", "5", 1, 0.5)]
+
+
+def test_runs_that_learnt_from_other_copies_of_a_dataset_are_told_apart():
+    def record(**card):
+        return {"dataset": {"id": "ooo/x-v0", "transitions": 1234, **card}}
+
+    same = {"iql": record(sha256="ab"), "sac": {"dataset": {}}, "pex": record()}
+    assert pages.data_of(same) == "`ooo/x-v0`, 1,234 rows"
+    copies = "copies, by their sha256: ab: iql; not recorded: pex; cd: awac, bcq"
+    differing = same | {"awac": record(sha256="cd"), "bcq": record(sha256="cd")}
+    assert pages.data_of(differing) == f"`ooo/x-v0`, 1,234 rows ({copies})"
+
+
+def test_likelihoods_under_a_vae_are_those_of_the_density_it_learnt():
+    """Of standard normal rows, whose mean log-likelihood is known; those of rows elsewhere are far below."""
+    rng = np.random.default_rng(0)
+    learnt, held, other = (rng.normal(size=(2000, 3)).astype(np.float32) for _ in range(3))
+    args = shift.Args((), (), steps=1500, hidden=16, samples=50)
+    found = shift.likelihoods(args, learnt, {"held": held, "other": other + 4})
+    exact = -0.5 * (3 * np.log(2 * np.pi) + (held**2).sum(axis=1))
+    np.testing.assert_allclose(found["held"].mean(), exact.mean(), atol=0.15)
+    assert np.corrcoef(found["held"], exact)[0, 1] > 0.9 and found["other"].mean() < exact.mean() - 10
+    assert shift.above(np.array([1.0, 3.0]), np.array([0.0, 2.0, 3.0])) == 3 / 6
 
 
 def test_a_run_that_failed_leaves_gaps_and_no_error(tmp_path, monkeypatch):

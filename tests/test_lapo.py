@@ -15,6 +15,7 @@ from test_sac import random_rows
 from ooo_rl.algos import lapo
 from ooo_rl.data import policy
 from ooo_rl.data.errors import UsageError
+from ooo_rl.data.runs import settings
 from ooo_rl.data.runs.session import Session, Static
 
 HIDDEN, LATENT = (4, 3), 2 * ACT
@@ -248,8 +249,8 @@ def test_the_largest_reward_of_the_data_is_scaled():
 def test_bounds_that_exclude_one_another_are_refused():
     low, high = jnp.array([0.0, 1]), jnp.array([2.0, 2])
     args, hyper = lapo.Args(), lapo.Hyper(value_min=low, value_max=high)
-    lapo.check_values(args, hyper)
+    settings.check_ranges(args, hyper)
     late = lapo.Args(online_change=("value-max=0.5",))
     for given in [(args, hyper.replace(value_max=jnp.array([2.0, 0]))), (late, hyper)]:  # the second run's
         with pytest.raises(UsageError, match="--value-min is above --value-max"):
-            lapo.check_values(*given)
+            settings.check_ranges(*given)

@@ -8,6 +8,7 @@ the chance is shown, but no verdict comes from it: with three seeds it is too na
 import csv
 import io
 import pathlib
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,12 +242,20 @@ def row(comparison: str, task: str, run: str, record: dict) -> str:
 
 
 def data_of(runs: dict[str, dict]) -> str:
-    """Which datasets the runs learnt from."""
-    found = {record["dataset"]["id"]: record["dataset"] for record in runs.values() if record["dataset"]}
-    said = (
-        f"`{name}`" + (f", {card['transitions']:,} rows" if "transitions" in card else "")
-        for name, card in found.items()
-    )
+    """Which datasets the runs learnt from, and which runs learnt from which copy where a dataset has several."""
+    found: dict[str, dict] = {}
+    copies: dict[str, dict[str, list[str]]] = {}
+    for run, record in runs.items():
+        if card := record["dataset"]:
+            found[card["id"]] = found.get(card["id"], {}) | card
+            copies.setdefault(card["id"], {}).setdefault(card.get("sha256", "not recorded"), []).append(run)
+    said = []
+    for name, card in found.items():
+        rows = f", {card['transitions']:,} rows" if "transitions" in card else ""
+        known = copies[name].keys() - {"not recorded"}
+        differing = copies[name].items() if len(known) > 1 else ()
+        made = "; ".join(f"{sha}: {', '.join(of)}" for sha, of in differing)
+        said.append(f"`{name}`{rows}" + (f" (copies, by their sha256: {made})" if made else ""))
     return "; ".join(said) or "none"
 
 
@@ -259,9 +268,10 @@ def runs_page() -> str:
             "    " + " ".join([record["command"], *tables.said(COMPARISONS[comparison][run])])
             for run, record in runs.items()
         )
+        about = f"Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}."
         parts.append(f"""## {TITLES[comparison]}: {task}
 
-Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}.
+{textwrap.fill(about, 100, break_on_hyphens=False)}
 
 | run | seeds | offline | online | retrained | regret | devices |
 |---|--:|---|---|---|---|---|
@@ -274,6 +284,8 @@ Scores: {measure_name(next(iter(runs.values())))}. Data: {data_of(runs)}.
 This page is written by `python tests/reproduction/claims.py`, from the records beside it. A run's
 name leads to its record: the command, which has the settings; versions, devices and data; what each
 seed reached, and the evaluations on the way. `seeds.csv` has what each seed reached, as one table.
+A dataset that was made anew on another processor may differ in the last bits; where the runs of a
+task learnt from several such copies, it is said which run learnt from which.
 
 Scores are those at the end of a phase: IQM over seeds, with the 95 % stratified-bootstrap interval.
 Regret is the part of the best score that the online phase missed, 1 - (average over time) / best,
