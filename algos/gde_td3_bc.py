@@ -241,7 +241,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     ]
 
     # Taken at every step, kept at some: seeds that are vmapped would take both ways of a condition anyway.
-    due = critic.opt.count % hyper.policy_every == 0
+    due = critic.opt.count % jnp.int32(hyper.policy_every) == 0
     moved, waiting = Agent(actor, critic, *targets), agent.replace(critic=critic)
     metrics = {"actor_loss": loss_a, "critic_loss": loss_q, "cloning_loss": cloning, "q": target_q.mean()}
     return jax.tree.map(partial(jnp.where, due), moved, waiting), metrics
@@ -396,7 +396,7 @@ def guided_update(static: Static, hyper: Hyper, agent: Agent, explorer: Learner,
         return (learnt, explorer), metrics
     given = static.nets, learnt.critic.params, teacher, batch.obs, rho, hyper.exploration_noise
     (loss_e, kl), moved = explorer.descend(explorer_loss, hyper.actor_lr, *given, has_aux=True)
-    due = learnt.critic.opt.count % hyper.policy_every == 0
+    due = learnt.critic.opt.count % jnp.int32(hyper.policy_every) == 0
     explorer = jax.tree.map(partial(jnp.where, due), moved, explorer)
     return (learnt, explorer), {**metrics, "explorer_loss": loss_e, "divergence": kl}
 

@@ -228,7 +228,7 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     targets = optax.incremental_update((actor.params, critic.params), old, hyper.target_rate)
 
     # Taken at every step, kept at some: seeds that are vmapped would take both ways of a condition anyway.
-    due = (critic.opt.count % hyper.policy_every == 0) | nets.actor.gaussian
+    due = (critic.opt.count % jnp.int32(hyper.policy_every) == 0) | nets.actor.gaussian
     moved, waiting = Agent(actor, critic, *targets), agent.replace(critic=critic)
     losses = {"actor_loss": loss_a, "critic_loss": loss_q}
     metrics = {**losses, "q": target_q.mean(), "bonus": bonus.mean()}

@@ -214,7 +214,7 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, key: j
     ]
 
     # Taken at every step, kept at some: seeds that are vmapped would take both ways of a condition anyway.
-    due = critic.opt.count % hyper.policy_every == 0
+    due = critic.opt.count % jnp.int32(hyper.policy_every) == 0
     moved, waiting = Agent(actor, critic, *targets), agent.replace(critic=critic)
     metrics = {"actor_loss": loss_a, "critic_loss": loss_q, "cloning_loss": cloning, "q": target_q.mean()}
     return jax.tree.map(partial(jnp.where, due), moved, waiting), metrics

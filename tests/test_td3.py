@@ -142,9 +142,12 @@ def test_update_of_what_ooo_calls_td3():
     mostly_close(ours.target_critic, moved(double(ours.critic.params), agent.target_critic))
 
 
-def test_policy_and_targets_wait_for_their_turn():
+@pytest.mark.parametrize("before", [0, 3 * 2**23])  # beyond 2^24 not all whole numbers are float32
+def test_policy_and_targets_wait_for_their_turn(before):
     """With a delay of 3, two updates move the critics alone, and the third is Adam's first of the policy."""
     nets, agent, batch, bonus = make()
+    opt = agent.critic.opt._replace(count=jnp.int32(before))
+    agent = agent.replace(critic=agent.critic.replace(opt=opt))
     hyper = td3.Hyper(**SETTINGS, policy_every=3.0)
     step = jax.jit(lambda agent, key: td3.update(nets, hyper, agent, batch, bonus, BOUNDS, key)[0])
     seen = [agent]
@@ -159,14 +162,14 @@ def test_policy_and_targets_wait_for_their_turn():
     slow = same(lambda agent: (agent.actor, agent.target_actor, agent.target_critic))
     assert slow == [True, True, False, True, True, False]
     assert not any(same(lambda agent: agent.critic.params))
-    assert [int(a.critic.opt.count) for a in seen] == list(range(7))
+    assert [int(a.critic.opt.count) for a in seen] == list(range(before, before + 7))
     assert [int(a.actor.opt.count) for a in seen] == [0, 0, 0, 1, 1, 1, 2]
-    after, before = seen[3], double(seen[2])
+    after, agent = seen[3], double(seen[2])
 
     def policy_loss(params, critic=double(after.critic.params)):
         return -ensemble(critic, double(batch).obs, mean_action(params, double(batch).obs))[0].mean()
 
-    mostly_close(after.actor.params, descended(policy_loss, before.actor.params, 2e-2))
+    mostly_close(after.actor.params, descended(policy_loss, agent.actor.params, 2e-2))
 
 
 def test_actions():
