@@ -264,6 +264,11 @@ def advance(args: Args, hyper: Hyper, course: Curriculum, mean_return: jax.Array
     return course.replace(stage=stage, recent=recent, best=jnp.maximum(course.best, mean))
 
 
+def last_stage(args: Args, evaluations: int) -> int:
+    """The last stage that so many evaluations online can reach: with a full window each one ends a stage."""
+    return max(0, min(evaluations - args.window + 1, args.stages - 1))
+
+
 @struct.dataclass
 class State:
     """All that a run carries from chunk to chunk, and all that a checkpoint holds of it."""
@@ -407,6 +412,13 @@ def train(args: Args) -> Result:
     nets, functions = make_nets(session), (init_state, pretrain_chunk, jump_start, finetune_chunk, assess)
     initialise, pretrain, begin, finetune, look = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
+    evaluations = sum(chunk.evaluate for chunk in session.plan if chunk.acts)
+    last = last_stage(args, evaluations)
+    if args.schedule == "curriculum" and evaluations and last < args.stages - 1:
+        session.console.print(
+            f"{evaluations} evaluations online lead to stage {last} of {args.stages - 1} at most: lower "
+            "--eval-every or --window to get further"
+        )
 
     for chunk in session.chunks():
         if chunk.phase == "offline":

@@ -101,6 +101,16 @@ def test_curriculum_is_that_of_a_plain_loop():
     assert {*np.diff(seen[: np.argmin(seen)])} == {0, -3}, "it waits as well as it goes on"
 
 
+def test_too_few_evaluations_for_all_stages_are_told():
+    """As many evaluations as are asked for reach the stage that is told, where no mean is worse."""
+    args, hyper = jsrl.Args.exactly({"stages": 4, "window": 3}), jsrl.Hyper()
+    course = jsrl.Curriculum(jnp.float32(9), jnp.int32(0), jnp.full(3, -jnp.inf), jnp.float32(-jnp.inf))
+    for evaluations in range(1, 9):
+        course = jsrl.advance(args, hyper, course, jnp.float32(1))
+        assert int(course.stage) == jsrl.last_stage(args, evaluations)
+    assert jsrl.last_stage(args, 2) == 0 and jsrl.last_stage(args, 5) == 3
+
+
 def test_assessment_plays_the_combined_policy():
     """The guide has two steps of 0.5, then -0.5 to the end; half of the episodes have 6 steps, half 4."""
     static, state = make(eval_episodes=400)
