@@ -44,7 +44,7 @@ from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
-from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
+from ooo_rl.data.runs.settings import Experiment, Traced, launch
 
 
 @struct.dataclass
@@ -407,13 +407,6 @@ def finetune_chunk(static: Static, state: State, hyper: Hyper, offline, added, *
     return state, metrics
 
 
-def check_values(args: Args, hyper: Hyper) -> None:
-    """Raises UsageError if no value is within its bounds, in a run of `hyper` [runs], offline or online."""
-    for now in (hyper, online_hyper(args, hyper, args.online_steps)):
-        if (now.value_min > now.value_max).any():
-            raise UsageError("--value-min is above --value-max, so no value is within them")
-
-
 # as in iql.py
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then fine-tuning."""
@@ -431,7 +424,6 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("lapo", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.scaled_to_max(session.args.max_reward)
-    check_values(args, hyper)
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))

@@ -497,14 +497,6 @@ def check_critics(args: Args) -> None:
         )
 
 
-# as in lapo.py
-def check_values(args: Args, hyper: Hyper) -> None:
-    """Raises UsageError if no value is within its bounds, in a run of `hyper` [runs], offline or online."""
-    for now in (hyper, online_hyper(args, hyper, args.online_steps)):
-        if (now.value_min > now.value_max).any():
-            raise UsageError("--value-min is above --value-max, so no value is within them")
-
-
 def make_plan(args: Args) -> list[Phase]:
     """Pre-training, then fine-tuning."""
     check_critics(args)
@@ -523,7 +515,6 @@ def train(args: Args) -> Result:
     """All phases for all seeds: what the command does, and what Python may call."""
     session = Session("o3f_lapo", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.scaled_to_max(session.args.max_reward)
-    check_values(args, hyper)
     nets, functions = make_nets(session), (init_state, pretrain_chunk, finetune_chunk)
     initialise, pretrain, finetune = session.compile(session.static(nets), *functions)
     state = session.begin(initialise(offline, session.keys), partial(act, nets))

@@ -63,7 +63,7 @@ class Hyper(Traced):
     """weight of the bonus in retraining with --frozen-bonus"""
     rnd_lr: NonNegative = 1e-4
     """learning rate of the RND predictor"""
-    retrain_scale: Number = 1.0
+    retrain_scale: NonNegative = 1.0
     """in retraining, scaled rewards are also multiplied by this"""
     retrain_bias: Number = 0.0
     """and this is added"""

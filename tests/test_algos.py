@@ -66,12 +66,12 @@ def kinds_of(script):
 
 
 def families_of(script):
-    """Prefix -> settings."""
-    return {
-        prefix: found
-        for key, found in script.FAMILIES.items()
-        for prefix in ((key,) if isinstance(key, str) else key)
-    }
+    """Prefix -> settings; a prefix that stands in two keys has those of both."""
+    families = {}
+    for key, found in script.FAMILIES.items():
+        for prefix in (key,) if isinstance(key, str) else key:
+            families[prefix] = families.get(prefix, {}) | found
+    return families
 
 
 # --- parts and settings ---

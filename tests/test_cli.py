@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooo_rl.algos import dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, rlpd, td3
+from ooo_rl.algos import cal_ql, dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, rlpd, td3
 from ooo_rl.data.datasets import write as dataset_files
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs import plan, session
@@ -451,6 +451,11 @@ def test_settings_of_the_papers_by_family(flags, expected):
     args = cli.parse(iql.Args, flags.split())
     found = {**vars(args), **vars(args.hyper)}
     assert {name: found[name] for name in expected} == expected
+
+
+def test_a_prefix_in_two_keys_of_a_table_has_the_settings_of_both():
+    hyper = cli.parse(cal_ql.Args, ["--env", "pen-binary"]).hyper
+    assert hyper == cli.parse(cal_ql.Args, ["--env", "door-binary"]).hyper and hyper.reward_scale == 10
 
 
 def test_return_range_scales_the_rewards_by_the_datas_returns():

@@ -313,6 +313,12 @@ def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, d
     chunk = SimpleNamespace(phase="retrained@160", start=100, length=100)
     metrics = {"q": np.array([5.0, -500.0, np.nan, 7.0]), "nonfinite_at": np.array([-1, -1, 20, -1])}
     assert Session.find_broken(session, chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
+    explorer = {"w": np.array([[1.0], [1.0], [1.0], [np.inf]])}
+    fine = metrics | {"q": np.zeros(4), "nonfinite_at": np.full(4, -1)}
+    assert Session.find_broken(session, chunk, fine, {"w": np.ones((4, 2))}, {"explorer": explorer}) == [3]
+    assert (
+        session.failed.pop(3) == "retrained@160, step 200: not finite since step 200: parameter explorer['w']"
+    )
     assert report.stops(session) == {
         (4, "discount=0.9"): ("retrained@160", 200),
         (3, "discount=0.99"): ("retrained@160", 200),

@@ -52,6 +52,14 @@ NAMES = sorted(path.stem for path in pathlib.Path(iql.__file__).parent.glob("[a-
         (off2onrl, "cql-weight=1", "--cql-weight has its effect in the offline phase"),
         (dqn, "online-lr=1e-3", "--online-lr is where lr begins online; change lr"),
         (awac, "offline-ratio=0.5", "a share below 0 means no share; set --offline-ratio to begin with"),
+        (
+            dqn,
+            "--dataset none --offline-steps 0 --online-change offline-ratio=0.5",
+            "--online-change offline-ratio=0.5 needs --dataset, and it is none",
+        ),
+        (cql, "diff-clip-min=1 diff-clip-max=0.5", "--diff-clip-min is above --diff-clip-max"),
+        (cql, "--diff-clip-min 2 --sweep diff-clip-max=1,3", "--diff-clip-min is above --diff-clip-max"),
+        (iql, "reward-scale=-1", "--reward-scale must be at least 0"),
     ],
 )
 def test_what_cannot_change_is_refused_before_anything_compiles(monkeypatch, script, flags, message):

@@ -165,7 +165,6 @@ def small(script, **changes):
         ("cql", "sac", "agent", ("actor", "critic", "target_critic", "alpha"), ()),
         ("cql", "cal_ql", "agent", ("actor", "critic", "target_critic", "alpha", "alpha_prime"), ()),
         ("sac", "cql", "agent", ("actor", "critic", "target_critic", "alpha"), ("alpha_prime",)),
-        ("iql", "cql", "agent", ("critic", "target_critic"), ("actor", "alpha", "alpha_prime")),
     ],
 )
 def test_init_from_takes_what_fits_and_says_so(sources, tmp_path, capsys, source, target, agent, taken, anew):
@@ -197,17 +196,41 @@ def test_init_from_says_where_no_offline_rows_stay(sources, tmp_path, capsys, da
         ({}, ""),
         ({"reward_scale": 10.0, "reward_bias": -5.0}, "reward-scale=1, here 10; reward-bias=0, here -5"),
         ({"end_reward": jnp.inf}, "end-reward=-inf, here inf"),
-        ({"return_range": 1000.0}, "return-range=0, here 1000"),  # CQL has no such setting
     ],
 )
 def test_init_from_says_where_q_values_mean_something_else(sources, tmp_path, capsys, changes, said):
     """SAC after CQL must be given CQL's rewards, else every Q-value is wrong."""
     folder, _ = sources("cql")
-    script = iql if "return_range" in changes else sac
-    args = small(script, offline_steps=0, critic_hidden=(8, 8)) | changes
-    opened(script, script.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
+    args = small(sac, offline_steps=0, critic_hidden=(8, 8)) | changes
+    opened(sac, sac.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
     printed = capsys.readouterr().out
     assert f"its Q-values mean something else ({said})" in printed if said else "Q-values" not in printed
+
+
+def test_init_from_says_where_other_data_scale_the_rewards(tmp_path):
+    args = iql.Args(return_range=1000)
+    (tmp_path / "dataset.json").write_text(json.dumps({"return_quantiles": [0, 10, 20, 30, 100]}))
+
+    def others(theirs=args, **card):
+        config = {"format": settings.FORMAT, "settings": settings.to_json(theirs)}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return settings.other_values(str(tmp_path), args, card)
+
+    assert others(cql.Args()) == ["return-range=0, here 1000"]  # CQL has no such setting
+    said = "return-range divides by 100, here by 200, since the data are others"
+    assert others(return_quantiles=[0, 1, 2, 3, 200]) == [said]
+    assert others(return_quantiles=[0, 1, 2, 3, 100.5]) == others(id="none") == []
+
+
+def test_a_run_that_never_learns_online_says_so(sources, tmp_path, capsys):
+    folder, _ = sources("cql")
+    for steps, said in ((16, True), (8, False)):
+        args = small(sac, num_seeds=1, offline_steps=0, online_steps=16, name=f"after-{steps}")
+        args["random_steps"] = steps
+        opened(sac, sac.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
+        printed = " ".join(capsys.readouterr().out.split())
+        wanted = "no gradient step online: the first one comes after --random-steps 16, and --online-steps is"
+        assert (wanted in printed) == said
 
 
 def test_init_from_refuses_what_is_no_start(sources, tmp_path):
@@ -215,11 +238,14 @@ def test_init_from_refuses_what_is_no_start(sources, tmp_path):
     fails = lambda message, **changes: pytest.raises(UsageError, match=message)  # noqa: E731
     with fails("that run has the seeds 3 to 4, not 0"):
         opened(iql, iql.Args(**small(iql), init_from=str(folder), runs_dir=str(tmp_path)))
-    with fails(
-        r"nothing of its agent fits: actor \(of other shapes\), critic \(of other shapes\).*config.json"
-    ):
+    with fails(r"does not fit: actor \(of other shapes\), critic \(of other shapes\).*config.json"):
         wide = small(cql, actor_hidden=(9,), critic_hidden=(9,), init_from=str(folder))
         opened(cql, cql.Args(**wide, seed=3, runs_dir=str(tmp_path)))
+    other, _ = sources("cql")
+    for script, hidden in ((sac, (9,)), (sac, (9, 8)), (iql, (8, 8))):
+        with fails(r"the policy of its agent does not fit: actor \(of other shapes\)"):
+            wide = small(script, hidden=hidden, offline_steps=0, init_from=str(other))
+            opened(script, script.Args(**wide, seed=3, runs_dir=str(tmp_path)))
     with fails("not a run's folder"):
         opened(iql, iql.Args(**small(iql), init_from=str(tmp_path), runs_dir=str(tmp_path)))
     assert not list(tmp_path.glob("*/*")), "a folder was made before the error"

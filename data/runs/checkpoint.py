@@ -93,7 +93,8 @@ def load_agent(folder: str, labels: list[RunLabel], like: Any) -> tuple[Any, str
 
     `like` is an agent of this run; its arrays have a leading axis of runs. A part keeps its values where the
     other run has no part of that name and shape. Each run gets the agent of its own seed. Returns (the agent,
-    a sentence that says what was taken). Raises UsageError if the folder cannot be used or nothing fits.
+    a sentence that says what was taken). Raises UsageError if the folder cannot be used or its actor does not
+    fit: a policy that begins anew acts at random, and soon spoils critics that go on.
     """
     flag = f"--init-from {folder}"
     config = read_config(folder, "--init-from")
@@ -117,10 +118,10 @@ def load_agent(folder: str, labels: list[RunLabel], like: Any) -> tuple[Any, str
                 lambda path, _, arrays=arrays: np.asarray(arrays[_name(path)])[rows], ours
             )
             taken.append(field.name)
-    if not taken:
+    if "actor" not in taken:
         raise UsageError(
-            f"{flag}: nothing of its {name} fits: {', '.join(missing)}; --hidden and the task must be as in "
-            "its config.json"
+            f"{flag}: the policy of its {name} does not fit: {', '.join(missing)}; the kind of policy, "
+            "--hidden and the task must be as in its config.json"
         )
     rest = f"; begins anew: {', '.join(missing)}" if missing else ""
     said = f"from {folder} ({config['method']}'s {name}): {', '.join(taken)}{rest}"

@@ -1,6 +1,7 @@
 """One run of a method, from its settings to its folder: what every method needs, and no method is about."""
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -32,9 +33,11 @@ from ooo_rl.data.datasets.scores import normalized_score
 from ooo_rl.data.datasets.validate import Dataset, check_fits
 from ooo_rl.data.errors import Stopped, UsageError
 from ooo_rl.data.figures import aggregates
+from ooo_rl.data.learner import Learner
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs import ends, memory, processes, report, worlds
+from ooo_rl.data.runs.bounds import flag
 from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env, check_q_bias
 from ooo_rl.data.runs.folder import (
@@ -133,6 +136,12 @@ class Session:
         self.mesh = self._layout()
         if self.args.online_steps and getattr(self.env, "backend", "jax") != "jax":
             self.console.print(worlds.described(self.args, self.env, self.num_runs))
+        if self.args.online_steps and not any(chunk.learns for chunk in self.plan if chunk.acts):
+            name = "learning_starts" if hasattr(self.args, "learning_starts") else "random_steps"
+            self.console.print(
+                f"no gradient step online: the first one comes after {flag(name)} "
+                f"{getattr(self.args, name)}, and --online-steps is {self.args.online_steps}"
+            )
         self.discount = np.asarray(hyper.discount)
         self.hyper = place(hyper, self.mesh, RUNS)
         self.offline = place(rows, self.mesh, EVERYWHERE)
@@ -317,7 +326,7 @@ class Session:
             agent, said = load_agent(self.args.init_from, self.labels, like)
         if self.args.dataset == "none":  # as --offline-steps 0 has it, unless a dataset is named
             said += "; there are no offline rows, since no --dataset is named"
-        if differ := other_values(self.args.init_from, self.args):
+        if differ := other_values(self.args.init_from, self.args, self.card):
             said += f"; its Q-values mean something else ({'; '.join(differ)}): give both the same settings"
         self.console.print(f"{name} {said}", soft_wrap=True, highlight=False)
         return state.replace(**{name: self._placed(agent)})
@@ -418,7 +427,7 @@ class Session:
                 chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
             )
         self._note_rewards(state.ring)
-        if broken := self.find_broken(chunk, metrics, trained):
+        if broken := self.find_broken(chunk, metrics, trained, _learners(state)):
             # The run itself goes on.
             saved = real(state, num_runs)
             with processes.together():
@@ -522,18 +531,21 @@ class Session:
         horizon = 1 / (1 - discount) if discount < 1 else getattr(self.env, "horizon", 1000)
         return self.args.max_q * (self.largest_reward[r] or 1.0) * horizon
 
-    def find_broken(self, chunk: Chunk, metrics: dict[str, Any], parameters: Any) -> list[int]:
+    def find_broken(
+        self, chunk: Chunk, metrics: dict[str, Any], parameters: Any, others: dict[str, Any] | None = None
+    ) -> list[int]:
         """Notes and returns the runs that broke in `chunk`.
 
         A run breaks where a metric [runs] or a parameter [runs, ...] is not finite, or the metric "q" is
-        beyond `q_limit`.
+        beyond `q_limit`. `others` maps names to more parameters that learn beside those of the agent.
         """
         bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(self.num_runs)]
         on_host = isinstance(next(iter(jax.tree.leaves(parameters)), None), np.ndarray)
-        finite = real((_finite_leaves if on_host else _finite_on_device)(parameters), self.num_runs)
-        for path, ok in jax.tree_util.tree_leaves_with_path(finite):
-            for r in np.flatnonzero(~ok):
-                bad[r].append(f"parameter {jax.tree_util.keystr(path)}")
+        for owner, tree in {"": parameters, **(others or {})}.items():
+            finite = real((_finite_leaves if on_host else _finite_on_device)(tree), self.num_runs)
+            for path, ok in jax.tree_util.tree_leaves_with_path(finite):
+                for r in np.flatnonzero(~ok):
+                    bad[r].append(f"parameter {owner}{jax.tree_util.keystr(path)}")
         end = chunk.start + chunk.length
         new = []
         for r, names in enumerate(bad):
@@ -681,6 +693,12 @@ def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None
         return None, None
     env_state = jax.vmap(static.env.reset)(jax.random.split(key, args.num_envs))
     return env_state, buffer.empty(static.example, args.buffer_size or args.online_steps)
+
+
+def _learners(state: Any) -> dict[str, Learner]:
+    """What learns in a state beside its agents, such as GDE's explorer; by name."""
+    found = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: part for name, part in found.items() if isinstance(part, Learner)}
 
 
 def _finite_leaves(tree, of=np):

@@ -30,8 +30,18 @@ from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs import ends, processes, worlds
-from ooo_rl.data.runs.bounds import Fraction, Number, Positive, Seed, Size, Steps, check_bounds, flag
-from ooo_rl.data.runs.online_change import check_online_change
+from ooo_rl.data.runs.bounds import (
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    Seed,
+    Size,
+    Steps,
+    check_bounds,
+    flag,
+)
+from ooo_rl.data.runs.online_change import RATIO, check_online_change, online_hyper, targets
 from ooo_rl.data.runs.sweep import RunLabel, grid
 
 __all__ = ["Experiment", "Traced", "UsageError", "launch"]  # what scripts use
@@ -75,7 +85,7 @@ class Traced:
 
     discount: Fraction = 0.99
     """discount factor"""
-    reward_scale: Number = 1.0
+    reward_scale: NonNegative = 1.0
     """task rewards are multiplied by this"""
     reward_bias: Number = 0.0
     """and this is added"""
@@ -209,8 +219,9 @@ def _flags(args_type: type, argv: list[str], default: Any) -> Any:
 def _family(args_type: type, env: str, dataset: str, online_steps: int | str) -> dict[str, Any]:
     """The settings in the script's table for an environment, or for a dataset if there is no environment.
 
-    The table's keys are prefixes of ids, or tuples of prefixes. A longer prefix wins over a shorter one. The
-    path of a file says nothing, unless the file has the name that D4RL gives to its own.
+    The table's keys are prefixes of ids, or tuples of prefixes. A longer prefix wins over a shorter one, and
+    of two alike the later one. The path of a file says nothing, unless the file has the name that D4RL gives
+    to its own.
     """
     env = _env(args_type, env, dataset, online_steps)
     name = dataset if env == "none" else env
@@ -221,12 +232,12 @@ def _family(args_type: type, env: str, dataset: str, online_steps: int | str) ->
     found: dict[str, Any] = {}
     if env != "none" and not envs.is_ours(env) and dataset == "auto":
         found["offline_steps"] = 0  # a user's own environment has no dataset of ours
-    by_prefix = {
-        prefix: part for key, part in table.items() for prefix in ((key,) if isinstance(key, str) else key)
-    }
-    for prefix in sorted(by_prefix, key=len):
+    by_prefix = [
+        (prefix, part) for key, part in table.items() for prefix in ((key,) if isinstance(key, str) else key)
+    ]
+    for prefix, part in sorted(by_prefix, key=lambda pair: len(pair[0])):
         if any(re.match(re.escape(prefix) + "(?![a-z0-9])", word.lower()) for word in words):
-            found |= by_prefix[prefix]
+            found |= part
     return found
 
 
@@ -361,9 +372,11 @@ def check(args: Any) -> None:
             f"--offline-steps {args.offline_steps} needs --dataset; {args.env} has none of its own"
         )
     usual = _family(type(args), args.env, args.dataset, args.online_steps)
-    ratio, own = (getattr(of, "offline_ratio", 0) for of in (args, type(args)))
-    if args.dataset == "none" and ratio > 0 and ratio != usual.get("offline_ratio", own):
+    ratio, own = (getattr(of, RATIO, 0) for of in (args, type(args)))
+    if args.dataset == "none" and ratio > 0 and ratio != usual.get(RATIO, own):
         raise UsageError(f"--offline-ratio {ratio:g} needs --dataset, and it is none; name one, or use 0")
+    if args.dataset == "none" and (new := targets(args).get(RATIO, 0)) > 0:
+        raise UsageError(f"--online-change offline-ratio={new:g} needs --dataset, and it is none; name one")
     if args.env == "none" and args.online_steps:
         raise UsageError(
             f"--online-steps {args.online_steps} needs --env, the environment to act in; for none, "
@@ -371,7 +384,8 @@ def check(args: Any) -> None:
         )
     if args.num_envs:
         worlds.check_vector_steps(args)
-    _, labels = grid(args)
+    hyper, labels = grid(args)
+    check_ranges(args, hyper)
     if args.export:
         if not args.online_steps or 0 < args.buffer_size < args.online_steps:
             raise UsageError(
@@ -383,14 +397,36 @@ def check(args: Any) -> None:
             check_free(export_id(args, label))
 
 
+def check_ranges(args: Any, hyper: Any) -> None:
+    """Raises UsageError if a setting `x_min` is above `x_max` in a run of `hyper` [runs], early or late."""
+    for now in (hyper, online_hyper(args, hyper, args.online_steps)):
+        for name, low in vars(now).items():
+            above = name.removesuffix("_min") + "_max"
+            if name.endswith("_min") and (low > getattr(now, above)).any():
+                raise UsageError(f"{flag(name)} is above {flag(above)}, so no value is within them")
+
+
 def export_id(args: Any, label: RunLabel) -> str:
     """The Minari id under which `--export` writes one run's experience."""
     setting = "".join("-" + re.sub(r"[^\w-]", "_", word.replace("=", "-")) for word in label.setting.split())
     return f"{args.export}-seed{label.seed}{setting}-v0"
 
 
-def other_values(folder: str, ours: Any) -> list[str]:
-    """The settings that give Q-values another meaning in the run in `folder`, as "name=theirs, here ours"."""
+def other_values(folder: str, ours: Any, card: dict) -> list[str]:
+    """What gives Q-values another meaning in the run in `folder`, as "name=theirs, here ours".
+
+    These are settings, and where rewards are scaled by the data's, the data; `card` is of ours.
+    """
     theirs, ours = _flat(read_config(folder, "--init-from")["settings"]), _flat(vars(ours))
     pairs = ((name, theirs.get(name, other), ours.get(name, other)) for name, other in OF_VALUES.items())
-    return [f"{flag(name)[2:]}={old:g}, here {new:g}" for name, old, new in pairs if old != new]
+    found = [f"{flag(name)[2:]}={old:g}, here {new:g}" for name, old, new in pairs if old != new]
+    their_card = json.loads((pathlib.Path(folder).expanduser() / "dataset.json").read_text())
+    for name, of in {"return_range": "return_quantiles", "max_reward": "reward_range"}.items():
+        if theirs.get(name) and theirs[name] == ours.get(name) and of in card and of in their_card:
+            (low, *_, high), (our_low, *_, our_high) = their_card[of], card[of]
+            old, new = (high - low, our_high - our_low) if name == "return_range" else (high, our_high)
+            if abs(old - new) > 0.01 * abs(old):  # data made anew differ in the last bits
+                found.append(
+                    f"{flag(name)[2:]} divides by {old:g}, here by {new:g}, since the data are others"
+                )
+    return found
