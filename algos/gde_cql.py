@@ -525,9 +525,10 @@ def train(args: Args) -> Result:
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
         session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
-    return session.conclude(state, export, played | roles)
+    roles.pop(args.without, None)  # who is left out has learnt nothing
+    played = state.explorer.params if alone else state.agent
+    return session.conclude(state, export, {"policy": played} | roles)
 
 
 # CQL's settings as in cql.py, and GDE's budgets; those of the point mass are ours.
@@ -542,9 +543,8 @@ FAMILIES = {
     "point-mass-wall-sparse": dict(reward_bias=-1),
     "probe": dict(
         hidden=(32, 32), critic_hidden=(32, 32), discount=0.9, actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3,
-        target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=4, offline_steps=0,
-        online_steps=3_000, num_envs=8, n_steps=2, rho_steps=1_600, trial_every=160, trial_steps=96,
-        learning_starts=160),
+        target_rate=0.05, entropy_per_action=-3, cql_weight=0.01, num_samples=4, offline_steps=0, n_steps=2,
+        online_steps=3000, num_envs=8, rho_steps=1_600, trial_every=160, trial_steps=96, learning_starts=160),
     ("halfcheetah-sparse", "ant-sparse"): dict(offline_steps=0),
     "antmaze": MAZE,
     "maze2d": dict(**MAZE, offline_steps=500_000),

@@ -459,9 +459,10 @@ def train(args: Args) -> Result:
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
         session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
-    return session.conclude(state, export, played | roles)
+    roles.pop(args.without, None)  # who is left out has learnt nothing
+    played = state.explorer.params if alone else state.agent
+    return session.conclude(state, export, {"policy": played} | roles)
 
 
 # The paper's settings in locomotion and AntMaze, elsewhere those of iql.py; the point mass's are ours.

@@ -467,9 +467,10 @@ def train(args: Args) -> Result:
             state, metrics = finetune(state, hyper, *rows, chunk.collected, **how)
         session.after(chunk, metrics, state, actor=state.explorer.params if alone and chunk.acts else None)
 
-    played = {"policy": state.explorer.params if alone else state.agent}
     roles = {"explorer": state.explorer.params, "teacher": state.teacher} if args.online_steps else {}
-    return session.conclude(state, export, played | roles)
+    roles.pop(args.without, None)  # who is left out has learnt nothing
+    played = state.explorer.params if alone else state.agent
+    return session.conclude(state, export, {"policy": played} | roles)
 
 
 # TD3+BC's settings and GDE's budgets; those of the point mass are ours.
