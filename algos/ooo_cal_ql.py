@@ -518,9 +518,9 @@ def train(args: Args) -> Result:
             state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.iterations)
         else:
             if chunk.first and not args.warm_start:
-                state = state.replace(exploiter=start().exploiter)
+                state = state.replace(exploiter=start(only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
-            if chunk.last and args.sync_explorer:
+            if chunk.last and args.sync_explorer and chunk.collected < args.online_steps:
                 state = state.replace(explorer=jax.tree.map(jnp.copy, state.exploiter))
         session.after(chunk, metrics, state)
     policies = {"explorer": state.explorer, "exploiter": state.exploiter}

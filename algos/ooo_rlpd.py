@@ -505,7 +505,10 @@ def train(args: Args) -> Result:
     session = Session("ooo_rlpd", args, make_plan)
     args, offline, hyper = session.args, session.offline, session.hyper
     nets, functions = make_nets(session), (init_state, pretrain_chunk, explore_chunk, retrain_chunk)
-    initialise, pretrain, explore, retrain = session.compile(session.static(nets), *functions)
+    static = session.static(nets)
+    own = for_exploiter(static).nets.critic
+    session.q_of["exploiter"] = lambda critic, *given: own.apply(critic, *given).min(axis=0)
+    initialise, pretrain, explore, retrain = session.compile(static, *functions)
     state = session.begin(initialise(session.keys), partial(act, nets))
 
     for chunk in session.chunks():
@@ -516,7 +519,7 @@ def train(args: Args) -> Result:
             state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
             if chunk.first and not args.warm_start:
-                state = state.replace(exploiter=initialise(session.keys).exploiter)
+                state = state.replace(exploiter=initialise(session.keys, only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
         session.after(chunk, metrics, state)
 

@@ -456,11 +456,11 @@ def train(args: Args) -> Result:
             state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
             if chunk.first:
-                state = state.replace(exploiter=initialise(session.keys).exploiter)
+                state = state.replace(exploiter=initialise(session.keys, only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
         session.after(chunk, metrics, state)
 
-    policies = {"policy": state.explorer} | ({"exploiter": state.exploiter} if args.retrain_steps else {})
+    policies = {"policy": state.explorer, "exploiter": state.exploiter}
     return session.conclude(state, export, policies, stages=("offline", "online", "retrained"))
 
 

@@ -131,6 +131,11 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--export ooo/x --buffer-size 320", "--export needs online steps, and a buffer that holds all"),
         ("--export ooo/a.b", "Malformed dataset ID: ooo/a.b-seed0-v0"),
         ("--export ooo/x --online-steps 0", "--export needs online steps"),
+        ("--retrain-at 320 --retrain-steps 0", "--retrain-at needs --retrain-steps"),
+        ("--warm-start", "--warm-start needs two --retrain-at"),
+        ("--warm-start --retrain-at 320 320", "--warm-start needs two --retrain-at"),
+        ("--sync-explorer", "--sync-explorer needs a --retrain-at after which the explorer goes on"),
+        ("--upsample 0.0001", "--upsample 0.0001 of --batch-size"),
     ],
 )
 def test_bad_flags(refused, flags, message):

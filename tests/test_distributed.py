@@ -258,6 +258,23 @@ class State(NamedTuple):
     agent: jax.ShapeDtypeStruct | None = None
 
 
+def test_what_files_have_left_in_a_containers_memory_is_free(tmp_path, monkeypatch):
+    """The kernel counts the pages of files that were read or written as used, and gives them back."""
+    files = {
+        "proc/meminfo": "MemTotal: 64 kB\nMemAvailable: 999999999 kB\n",
+        "sys/fs/cgroup/memory.max": "1000\n", "sys/fs/cgroup/memory.current": "900\n",
+        "sys/fs/cgroup/memory.stat": "anon 300\nactive_file 200\ninactive_file 400\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    here = SimpleNamespace(Path=lambda name: tmp_path / name.strip("/"))
+    monkeypatch.setattr(memory, "pathlib", here)
+    assert memory.of_host() == 700
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert memory.of_host() == 999999999 * 1024
+
+
 @pytest.mark.parametrize(
     ("free", "seeds", "sweep", "expected"),
     [

@@ -172,7 +172,10 @@ def test_a_run_with_every_switch(tmp_path):
         ({"retrain_ratio": 1.5}, "--retrain-ratio must be at most 1"),
         ({"retrain_ratio": 0.5, "retrain_at": (0, 48)}, "needs --retrain-ratio -1"),
         ({"retrain_critic_hidden": (8, 0)}, "--retrain-critic-hidden must be at least 1"),
-        ({"retrain_critic_hidden": (8,), "sync_explorer": True}, "--sync-explorer needs critics of one size"),
+        (
+            {"retrain_critic_hidden": (8,), "sync_explorer": True, "retrain_at": (480,)},
+            "--sync-explorer needs critics of one size",
+        ),
         ({"mc_bootstrap": "worst", "discount": 1.0}, "--mc-bootstrap worst needs a --discount below 1"),
     ],
 )

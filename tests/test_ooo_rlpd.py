@@ -107,7 +107,7 @@ TINY = {
     "env": "point-mass-wall", "num_seeds": 2, "hidden": (8,), "critic_hidden": (8,), "batch_size": 16, "ensemble": 3,
     "num_envs": 4, "utd_ratio": 1, "policy_every": 2, "offline_steps": 8, "online_steps": 80, "random_steps": 16,
     "retrain_at": (40, 80), "retrain_steps": 8, "retrainer": "sac", "eval_episodes": 1, "rnd_units": 16, "name": "it",
-    "eval_every": 4,
+    "eval_every": 4, "q_bias": True,
 }  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def test_each_retraining_begins_anew_unless_warm(tmp_path):
     """A run through all phases: both retrainings begin with the same alpha; warm, the second one goes on."""
     scratch = trained(ooo_rlpd, **TINY, runs_dir=str(tmp_path / "scratch"))
     again = {"warm_start": True, "whole": False, "like": scratch}
+    # The two agents have other critics, so each needs its own for its bias.
     warm = trained(ooo_rlpd, **TINY, **again, runs_dir=str(tmp_path / "warm"))
     for run in (scratch, warm):
         rows = list(csv.DictReader((run.result.folder / "metrics.csv").open()))
@@ -126,6 +127,8 @@ def test_each_retraining_begins_anew_unless_warm(tmp_path):
     last = {"offline": 8, "online": 80, "retrained": 8}
     bonus = {phase: value[phase, step, "0", "bonus"] for phase, step in last.items()}
     assert min(bonus["offline"], bonus["online"]) > 0 == bonus["retrained"]
-    assert list(scratch.result.results["phases"]) == ["offline", "online", "retrained@40", "retrained"]
+    phases = scratch.result.results["phases"]
+    assert list(phases) == ["offline", "online", "retrained@40", "retrained"]
+    assert np.isfinite([found["q_bias"] for found in phases.values()]).all()
     files = (scratch.result.folder / "policies").iterdir()
     assert {p.name.partition("_")[0] for p in files} == {"explorer", "exploiter"}

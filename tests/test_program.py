@@ -102,6 +102,25 @@ def test_equal_chunks_are_traced_once_and_no_chunk_copies_the_buffer(ooo):
     check_program(*ooo)
 
 
+def test_a_part_of_a_state_is_made_without_the_rest():
+    """A retraining begins with a new exploiter beside a ring for which there may be room once."""
+    args = ooo_iql.Args(
+        env="point-mass-wall", hidden=(8, 8), online_steps=CAPACITY, num_envs=4, intrinsic="none"
+    )
+    env, two, scalar = envs.make(args.env), jnp.zeros(2), jnp.float32(0)
+    nets = ooo_iql.make_nets(SimpleNamespace(args=args, env=env, obs_size=2, action_size=2))
+    static = Static(args, env, Transition(two, two, scalar, two, scalar), nets)
+    mesh = mesh_for(2)
+    keys = place(jnp.stack([jax.random.PRNGKey(k) for k in range(2)]), mesh, RUNS)
+    start = Compiled(partial(ooo_iql.init_state, static), mesh)
+    whole, part = start(None, keys), start(None, keys, only="exploiter")
+    jax.tree.map(np.testing.assert_array_equal, part, whole.exploiter)
+    for only, fits in (("", False), ("exploiter", True)):
+        memory = start.program(None, keys, only=only).memory_analysis()
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        assert (needed < CAPACITY * ROW_BYTES / 4) == fits
+
+
 def test_so_it_is_with_a_single_seed():
     """Whose program has no axis of runs."""
     check_program(*trained(iql, 1))

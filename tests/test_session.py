@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import cql, iql, sac
+from ooo_rl.algos import cql, iql, ooo_iql, sac
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs import settings
+from ooo_rl.data.runs import report, settings
 from ooo_rl.data.runs.session import Session
 from ooo_rl.envs.base import Task
 
@@ -205,6 +205,41 @@ def test_init_from_says_where_q_values_mean_something_else(sources, tmp_path, ca
     opened(sac, sac.Args(**args, seed=3, init_from=str(folder), runs_dir=str(tmp_path)))
     printed = capsys.readouterr().out
     assert f"its Q-values mean something else ({said})" in printed if said else "Q-values" not in printed
+
+
+def test_init_from_is_where_the_explorer_starts_though_it_is_not_the_first_to_train(
+    sources, tmp_path, capsys
+):
+    folder, theirs = sources("iql")
+    steps = {
+        "offline_steps": 0,
+        "dataset": "own",
+        "retrain_steps": 4,
+        "retrain_at": (0, 80),
+        "intrinsic": "none",
+    }
+    args = small(ooo_iql) | steps | {"seed": 3, "init_from": str(folder), "runs_dir": str(tmp_path)}
+    session, state = opened(ooo_iql, ooo_iql.Args(**args))
+    assert session.plan[0].agent == "exploiter" and "explorer from" in capsys.readouterr().out
+    for ours, other in zip(jax.tree.leaves(state.explorer), jax.tree.leaves(theirs.agent), strict=True):
+        np.testing.assert_array_equal(ours, other)
+    nothing = args | {"online_steps": 0, "retrain_at": (), "name": "nothing"}
+    with pytest.raises(UsageError, match="--init-from is where the explorer starts, and no phase"):
+        opened(ooo_iql, ooo_iql.Args(**nothing))
+
+
+def test_an_agent_that_no_phase_has_trained_is_not_saved(monkeypatch):
+    seen = []
+    monkeypatch.setattr(report, "save_policies", lambda run, export, actors: seen.extend(actors) or 1 / 0)
+    agents = {
+        name: SimpleNamespace(actor=SimpleNamespace(params=np.ones((1, 2))))
+        for name in ("explorer", "exploiter")
+    }
+    run = SimpleNamespace(plan=[SimpleNamespace(agent="explorer")], num_runs=1)
+    policies = {**agents, "policy": agents["exploiter"], "teacher": np.ones((1, 2))}
+    with pytest.raises(ZeroDivisionError):
+        Session.conclude(run, SimpleNamespace(**agents, ring=None), None, policies)
+    assert seen == ["explorer", "policy", "teacher"]
 
 
 def test_init_from_says_where_other_data_scale_the_rewards(tmp_path):

@@ -125,6 +125,19 @@ def test_each_retraining_begins_anew_unless_warm(warm, rows, tmp_path, monkeypat
     calls, _ = wired(ooo_iql, tmp_path, monkeypatch, **steps, dataset=rows, warm_start=warm)
     ran = [name for name, _ in calls]
     assert ran.count("retrain_chunk") >= 2 and ran.count("init_state") == (1 if warm else 3)
+    made = [given.get("only") for name, given in calls if name == "init_state"]
+    assert made == [None, *["exploiter"] * (len(made) - 1)], "a second ring is made"
+
+
+@pytest.mark.parametrize(("stops", "synced"), [((240, 480), 1), ((240, 384), 2)])
+def test_the_explorer_takes_over_the_exploiter_only_where_it_goes_on(
+    stops, synced, rows, tmp_path, monkeypatch
+):
+    copied = []
+    monkeypatch.setattr(jnp, "copy", lambda x: copied.append(x) or x)
+    steps = STEPS | {"retrain_at": stops, "retrain_steps": 8, "online_steps": 480}
+    wired(ooo_iql, tmp_path, monkeypatch, **steps, dataset=rows, sync_explorer=True)
+    assert len(copied) == synced
 
 
 def test_bcq_saves_the_policy_of_its_last_step(rows, tmp_path, monkeypatch):

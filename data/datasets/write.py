@@ -15,7 +15,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
 
 from ooo_rl.data.buffer import Transition
-from ooo_rl.data.datasets.folder import datasets_root
+from ooo_rl.data.datasets.folder import METADATA, datasets_root
 from ooo_rl.data.datasets.scores import reference
 from ooo_rl.data.errors import DatasetError
 
@@ -23,6 +23,13 @@ from ooo_rl.data.errors import DatasetError
 def exists(dataset_id: str) -> bool:
     """Whether there is a dataset of this id on disk."""
     return (datasets_root() / dataset_id).exists()
+
+
+def recipe_of(dataset_id: str) -> str | None:
+    """The recipe in the metadata of a dataset on disk; None if there is no such dataset."""
+    if not exists(dataset_id):
+        return None
+    return json.loads((datasets_root() / dataset_id / "data" / METADATA).read_text()).get("recipe")
 
 
 def check_free(dataset_id: str) -> None:

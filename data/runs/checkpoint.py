@@ -50,7 +50,8 @@ class Checkpoints:
     def restore(self, state: Any, num_runs: int) -> tuple[Any, dict] | None:
         """(state [num_runs, ...], host) of the last checkpoint, or None if there is none yet.
 
-        `state` [places, ...] gives the other axes of the arrays, and their devices if no place is idle.
+        `state` [places, ...] gives the other axes of the arrays, and their devices if no place is idle. If
+        there is a checkpoint, the memory of `state` is free afterwards: there may be no room for two.
         """
         position = self.manager.latest_step()
         if position is None:
@@ -59,6 +60,7 @@ class Checkpoints:
         first = jax.tree.leaves(state)[0]
         if num_runs < len(first) or isinstance(first, np.ndarray):
             template = jax.tree.map(lambda x: np.empty((num_runs, *x.shape[1:]), x.dtype), template)
+        jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
         what = ocp.args.Composite(state=ocp.args.StandardRestore(template), host=ocp.args.JsonRestore())
         try:
             saved = self.manager.restore(position, args=what)

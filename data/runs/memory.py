@@ -49,9 +49,12 @@ def of_host() -> int | None:
     group = pathlib.Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return min(free, int(limit) - int(used)) if limit.isdecimal() else free
+    # What files have left in memory is given back when it is needed.
+    used = int(used) - int(stat.get("inactive_file", 0)) - int(stat.get("active_file", 0))
+    return min(free, int(limit) - used) if limit.isdecimal() else free
 
 
 def room(args: Any, num_runs: int, mesh: Mesh, state: Any) -> int:

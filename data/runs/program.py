@@ -183,7 +183,8 @@ class Compiled:
     results, have a leading axis of runs. A first argument called `state` gives its memory to the results.
     Keyword arguments are compile-time constants: each new combination compiles once, ahead of time;
     `compile_seconds` and `run_seconds` add up what compiling and running took. `options` are those of XLA's
-    compiler.
+    compiler. One keyword is the caller's own: `only` names the one field of the result that is wanted. Then
+    the rest of it is neither computed nor held in memory.
 
     If there is `room` for fewer runs than are given, they take turns on the devices, so many at once. The
     results are then NumPy arrays on the host.
@@ -206,14 +207,14 @@ class Compiled:
         self.programs: dict = {}
         self.compile_seconds = self.run_seconds = 0.0
 
-    def program(self, *arguments, **static):
+    def program(self, *arguments, only: str = "", **static):
         """The executable for arguments of these shapes; it also tells its memory (`memory_analysis()`)."""
-        key = tuple(sorted(static.items()))
+        key = (only, *sorted(static.items()))
         if key not in self.programs:
             began = time.perf_counter()
             axes = self._axes(arguments)
             function, specs = (
-                partial(self.function, **static),
+                partial(_field_of, self.function, only, static),
                 tuple(EVERYWHERE if a is None else RUNS for a in axes),
             )
             if jax.config.jax_disable_jit:  # to step through with a debugger
@@ -275,6 +276,12 @@ class Compiled:
             results = jax.block_until_ready(program(*arguments))
         self.run_seconds += time.perf_counter() - began
         return results
+
+
+def _field_of(function: Callable, only: str, static: dict, *arguments):
+    """What `function` returns; of it one field, if `only` names one."""
+    result = function(*arguments, **static)
+    return getattr(result, only) if only else result
 
 
 def scan_mean(step: Callable, carry, length: int):

@@ -41,7 +41,8 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
     args = session.args
     for r, label in enumerate(session.labels):
         dataset = export_id(args, label)
-        written = args.resume and write.exists(dataset)  # by this run, just before it was interrupted
+        # by this run, just before it was interrupted
+        written = args.resume and write.recipe_of(dataset) == str(session.folder.path)
         if r not in session.failed and not written:
             rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
             about = f"{session.method} exploring {session.task}"

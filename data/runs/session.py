@@ -113,7 +113,8 @@ class Session:
             self.console = Console()
             self.task = task_of(self.args)
             hyper, self.labels = grid(self.args)
-            self.plan = cut(self.args, make_plan(self.args))
+            phases = make_plan(self.args)
+            self.plan, self.first_agent = cut(self.args, phases), phases[0].agent
             self._find_folder()
         with usual_promotion():
             self.data = processes.first_and_then_others(partial(load_dataset, self.args))
@@ -272,10 +273,12 @@ class Session:
     def begin(self, state: Any, act: Callable) -> Any:
         """Makes or opens the folder; returns the state to go on from: `state`, unless there is a checkpoint.
 
-        With `--init-from`, the agent that the plan trains first is filled from another run. `act(actor, obs)`
-        gives the actions that evaluations play.
+        With `--init-from`, the agent of the plan's first phase is filled from another run, whether this phase
+        has steps or not. `act(actor, obs)` gives the actions that evaluations play.
         """
-        init = self.plan[0].agent
+        init = self.first_agent
+        if self.args.init_from and init not in {chunk.agent for chunk in self.plan}:
+            raise UsageError(f"--init-from is where the {init} starts, and no phase of the plan trains it")
         self.evaluate = Evaluator(self.args, self.env, act, self.mesh, self.room)
         if self.args.init_from and not self.args.resume:
             state = self._init_from(state, init)
@@ -298,7 +301,7 @@ class Session:
         with processes.together():
             self.folder.go_back(host["metrics_bytes"], self.phases)
             if self.args.resume and processes.is_first():
-                # The tracker forgets what was logged after the checkpoint, too.
+                # TensorBoard forgets what was logged after the checkpoint, too; W&B shows it twice.
                 self.run_id = read_config(self.args.resume, "--resume").get("id", self.path.name)
                 self.tracker = open_tracker(self.args, self.path, self.labels, self.task, self.run_id)
         return state
@@ -429,7 +432,7 @@ class Session:
         self._note_rewards(state.ring)
         if broken := self.find_broken(chunk, metrics, trained, _learners(state)):
             # The run itself goes on.
-            saved = real(state, num_runs)
+            saved = _rows_of(broken, state, num_runs)
             with processes.together():
                 save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", saved)
             if len(self.failed) == num_runs:
@@ -598,18 +601,25 @@ class Session:
     ) -> Result:
         """Ends a run: policy files, exported experience, figures, results.
 
-        policies: name -> the agent whose policy is to be saved, or the parameters of one, [runs, ...].
+        policies: name -> the agent whose policy is to be saved, or the parameters of one, [runs, ...]. An
+            agent of the state that no phase has trained is not saved.
         export: `export(actor)` makes a policy file's arrays of one run's parameters.
         stages: the three phases of a method that pre-trains, explores and retrains.
         """
+        trained = {chunk.agent for chunk in self.plan}
         actors = {
-            name: agent.actor.params if hasattr(agent, "actor") else agent for name, agent in policies.items()
+            name: agent.actor.params if hasattr(agent, "actor") else agent
+            for name, agent in policies.items()
+            if name in trained or agent is not getattr(state, name, None)
         }
-        needs_ring = self.args.export or hasattr(self.env, "layout")  # of all runs, it is large
-        actors, ring = real((actors, state.ring if needs_ring else None), self.num_runs)
+        actors = real(actors, self.num_runs)
         with processes.together():
             if processes.is_first():
-                self._report(export, actors, ring, stages)
+                report.save_policies(self, export, actors)
+        ring = real(self._rows_of_report(state.ring), self.num_runs)
+        with processes.together():
+            if processes.is_first():
+                self._report(ring, stages)
         processes.is_shown(self.path / "result.json")
         results = json.loads((self.path / "result.json").read_text())
         self.checkpoints.close()
@@ -622,10 +632,20 @@ class Session:
             return Result(self.path, results, real(agents, self.num_runs))
         return Result(self.path, results, jax.tree.map(lambda x: x[: self.num_runs], agents))
 
-    def _report(self, export: Callable, actors: dict, ring: Transition | None, stages: tuple) -> None:
-        """Writes policies, exported experience, figures and results."""
+    def _rows_of_report(self, ring: Transition | None) -> Transition | None:
+        """What the report needs of a ring [runs, ...], which may be too large for the host's memory.
+
+        All of it for `--export`, and positions alone for a map.
+        """
+        if ring is None or self.args.export:
+            return ring
+        if not hasattr(self.env, "layout"):
+            return None
+        return Transition(ring.obs[..., :2], None, None, ring.next_obs[..., :2], None)
+
+    def _report(self, ring: Transition | None, stages: tuple) -> None:
+        """Writes exported experience, figures and results."""
         collected = self.args.online_steps
-        report.save_policies(self, export, actors)
         if self.args.export:
             report.export_experience(self, ring, collected)
         extra = report.draw(self, ring, collected, stages)
@@ -693,6 +713,14 @@ def start_online(static: Static, key: jax.Array) -> tuple[Any, Transition | None
         return None, None
     env_state = jax.vmap(static.env.reset)(jax.random.split(key, args.num_envs))
     return env_state, buffer.empty(static.example, args.buffer_size or args.online_steps)
+
+
+def _rows_of(runs: list[int], tree: Any, num_runs: int) -> Any:
+    """The rows `runs` of `tree` [places, ...] on the host; the others may be too many for its memory."""
+    index = np.array(runs)
+    if processes.are_several():
+        return jax.tree.map(lambda x: x[index], real(tree, num_runs))
+    return jax.device_get(jax.tree.map(lambda x: x[index], tree))
 
 
 def _learners(state: Any) -> dict[str, Learner]:

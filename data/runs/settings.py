@@ -25,7 +25,7 @@ from ooo_rl import envs
 from ooo_rl.data.datasets import public
 from ooo_rl.data.datasets.choices import kind
 from ooo_rl.data.datasets.files import is_file
-from ooo_rl.data.datasets.write import check_free
+from ooo_rl.data.datasets.write import check_free, check_writable
 from ooo_rl.data.errors import UsageError, guarded
 from ooo_rl.data.modes import check_jax, check_xla_flags, use_all_cores, use_float32
 from ooo_rl.data.recipes import library
@@ -353,6 +353,7 @@ def check(args: Any) -> None:
     check_online_change(args)
     if getattr(args, "frozen_bonus", False) and args.intrinsic == "none":
         raise UsageError("--frozen-bonus needs a bonus to freeze: an --intrinsic other than none")
+    check_retraining(args)
     if args.seed + args.num_seeds > 2**32:
         raise UsageError(
             f"--seed {args.seed} with --num-seeds {args.num_seeds} goes beyond 2^32 - 1, the largest seed"
@@ -393,8 +394,24 @@ def check(args: Any) -> None:
             )
         if args.end_reward != ends.AS_GIVEN:
             raise UsageError("--export writes the environment's own ends, and so needs --end-reward=-inf")
+        check_writable()
         for label in labels:
             check_free(export_id(args, label))
+
+
+def check_retraining(args: Any) -> None:
+    """Raises UsageError for a setting of the third phase that could have no effect."""
+    stops = getattr(args, "retrain_at", ())
+    if stops and not args.retrain_steps:
+        raise UsageError("--retrain-at needs --retrain-steps, the gradient steps of each retraining")
+    if getattr(args, "warm_start", False) and len(set(stops)) < 2:
+        raise UsageError("--warm-start needs two --retrain-at: an exploiter goes on from the one before")
+    if getattr(args, "sync_explorer", False) and min(stops, default=args.online_steps) >= args.online_steps:
+        raise UsageError("--sync-explorer needs a --retrain-at after which the explorer goes on")
+    share, own = (getattr(of, "upsample", 0) for of in (args, type(args)))
+    usual = _family(type(args), args.env, args.dataset, args.online_steps).get("upsample", own)
+    if share and share != usual and not round(share * args.batch_size):
+        raise UsageError(f"--upsample {share:g} of --batch-size {args.batch_size} is no row; take 0 for none")
 
 
 def check_ranges(args: Any, hyper: Any) -> None:
