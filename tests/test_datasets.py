@@ -136,6 +136,20 @@ def test_whole_episodes(tmp_path, extra):
     assert bool(data.card["notes"]) == (not extra)
 
 
+@pytest.mark.parametrize("extra", [1, 0])
+def test_whole_episodes_with_their_next_observations(tmp_path, extra):
+    """They are used; `episode_lengths` says where episodes end. Of another length, they are left alone."""
+    parts = episodes()
+    obs = joined(parts, "observations", None if extra else -1)
+    arrays = flat(parts, True) | {"observations": obs, "episode_lengths": np.int32(LENGTHS)}
+    data = load(save(tmp_path / "d.npz", arrays))
+    expect(data, parts)
+    assert data.card["notes"] == []
+    data = load(save(tmp_path / "d.hdf5", arrays | {"next_observations": np.zeros((7, 3))}))
+    expect(data, parts, last_rows=bool(extra))
+    assert "not used: next_observations" in data.card["notes"]
+
+
 def test_minari(root):
     parts = episodes()
     write.write_minari("ooo/test/some-v0", parts, description="some", recipe={"seed": 1})
@@ -215,7 +229,7 @@ def on_a_line(episodes=10, steps=20):
     return arrays, t == steps - 1
 
 
-LAST, NEXT = object(), object()
+LAST, NEXT, MASKS = object(), object(), object()
 ENDS = [  # further arrays; terminations; truncations; rows; a word of the notes
     ({"terminals": LAST}, 10, 0, 200, "marks no time limits"),
     ({"terminals": 0, "timeouts": LAST}, 0, 10, 190, "dropped"),
@@ -231,6 +245,18 @@ ENDS = [  # further arrays; terminations; truncations; rows; a word of the notes
     ({"dones": LAST, "next_obs": NEXT}, 10, 0, 200, "next_obs as next_observations"),
     ({"terminals": 0, "next_observations": NEXT}, 0, 10, 200, "(9 times)"),
     ({"next_observations": NEXT}, 0, 10, 200, "no terminations in the file"),
+    ({"masks": MASKS}, 10, 0, 200, "masks read as terminations where it is 0"),
+    ({"masks": MASKS, "terminals": LAST}, 10, 0, 200, "masks read as terminations where it is 0"),
+    ({"masks": MASKS, "dones_float": LAST, "next_observations": NEXT}, 10, 0, 200, "dones_float as dones"),
+    (
+        {"masks": 1, "dones_float": LAST, "next_observations": NEXT},
+        0,
+        10,
+        200,
+        "dones_float without a termin",
+    ),
+    ({"masks": 1, "dones_float": LAST}, 0, 10, 190, "dropped"),
+    ({"masks": 1, "timeouts": LAST}, 0, 10, 190, "dropped"),
     ({"is_last": LAST}, 0, 10, 190, "RLDS"),
     ({"is_last": LAST, "is_terminal": LAST}, 10, 0, 190, "RLDS"),
     ({"is_last": LAST, "terminals": 0, "next_observations": NEXT}, 0, 10, 200, "not used: more"),
@@ -242,8 +268,8 @@ ENDS = [  # further arrays; terminations; truncations; rows; a word of the notes
 def test_ends_of_episodes_under_many_names(tmp_path, suffix, more, terminated, truncated, rows, note):
     arrays, last = on_a_line()
     for key, value in more.items():
-        named = {LAST: last, NEXT: arrays["observations"] + 1}
-        arrays[key] = named[value] if value in named else np.zeros(len(last))
+        named = {LAST: last, NEXT: arrays["observations"] + 1, MASKS: 1.0 - last}
+        arrays[key] = named[value] if value in named else np.full(len(last), value, float)
     data = load(save(tmp_path / f"d{suffix}", arrays | {"more": np.zeros(3)}))
     got = data.transitions
     assert (got.next_obs >= got.obs).all()  # no row leads across a reset
@@ -277,6 +303,22 @@ def test_two_names_of_the_same_flags_are_refused(tmp_path):
         load(save(tmp_path / "d.npz", flat(episodes(), True) | {"terminated": np.zeros(12)}))
 
 
+def test_terminals_and_masks_that_disagree_are_refused(tmp_path):
+    arrays, last = on_a_line()
+    path = save(tmp_path / "d.npz", arrays | {"terminals": last, "masks": np.ones(200)})
+    with pytest.raises(DatasetError, match=r"d\.npz: terminals and masks disagree \(row 19\).*name it dones"):
+        load(path)
+
+
+@pytest.mark.parametrize("value", [0.99, np.nan, 2])
+def test_masks_are_0_or_1(tmp_path, value):
+    arrays, last = on_a_line()
+    arrays["masks"] = np.where(np.arange(200) == 7, value, 1.0 - last)
+    with pytest.raises(DatasetError, match=r"d\.npz: masks \(0 where the task ended, else 1\) holds .*row 7"):
+        load(save(tmp_path / "d.npz", arrays))
+    load(save(tmp_path / "e.npz", on_a_line()[0] | {"terminals": last, "discounts": np.full(200, value)}))
+
+
 def test_rows_in_no_order(tmp_path):
     """As a replay buffer holds them, or D4RL's qlearning_dataset, which has dropped rows at timeouts."""
     arrays = flat(episodes(), True)
@@ -290,6 +332,25 @@ def test_rows_in_no_order(tmp_path):
     data = load(save(tmp_path / "q.npz", {key: value[kept] for key, value in arrays.items()}))
     assert data.card["ordered"] and np.bincount(data.episode).tolist() == [4, 2, 4]
     assert "no time limits; an episode ends where" in data.card["notes"][0]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_order_is_judged_by_the_rows_that_could_go_on(tmp_path, steps, shuffled):
+    """Of short episodes, half of the rows or more are ends, and these follow no other row in any order."""
+    parts = episodes((1, steps) * 100, (True,) * 200)
+    arrays = flat(parts, True)
+    del arrays["timeouts"]
+    n = len(arrays["rewards"])
+    order = np.random.default_rng(0).permutation(n) if shuffled else np.arange(n)
+    arrays = {key: value[order] for key, value in arrays.items()}
+    card = load(save(tmp_path / "hopper-medium-v2.hdf5", arrays)).card
+    assert card["ordered"] == (not shuffled) and (card["normalized_score"] is None) == shuffled
+    if shuffled:
+        with pytest.raises(
+            DatasetError, match="if the rows are in no order, leave out what marks time limits"
+        ):
+            load(save(tmp_path / "d.npz", arrays | {"timeouts": np.zeros(n)}))
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,98 @@ def test_d4rls_first_maze2d_is_one_run_without_ends(root, name):
         del file["timeouts"]
     card = load(str(public.d4rl_folder() / name)).card
     assert (card["transitions"], card["episodes"]) == (11, 1) and has(card, "one run without resets")
+    assert card["normalized_score"] is None  # the sum over the whole file is the return of no episode
+
+
+def rewrite(path, **arrays):
+    """Replaces arrays of a file."""
+    with h5py.File(path, "a") as file:
+        for key, value in arrays.items():
+            del file[key]
+            file[key] = value
+
+
+def ant_walk():
+    """Positions of an ant that walks 12 steps with resets after rows 2, 7 and 8 (see `d4rl` for the flags)."""
+    walk = np.zeros((13, 29), np.float32)
+    walk[:, 0] = [0, 1.5, 3, 0, 1, 2, 3, 4, 20, 0, 1, 2, 3]
+    return walk
+
+
+@pytest.mark.parametrize("next_observations", [False, True])
+@pytest.mark.parametrize("name", ["antmaze-large-diverse-v0", "antmaze-umaze-v1"])
+def test_rows_of_the_first_antmazes_that_lead_across_resets_are_dropped(root, name, next_observations):
+    path = public.d4rl_folder() / public.D4RL_FILES[name]
+    d4rl(path, 29, 8, observations=ant_walk(), next_observations=next_observations)
+    data = load(name)
+    rows = data.transitions
+    assert np.abs(rows.next_obs[:, 0] - rows.obs[:, 0])[rows.discount == 1].max() <= 2
+    # Row 8 terminates, so that its next observation is not used. Rows 4 and 11 are timeouts.
+    kept = [0, 1, 3, 4, 5, 6, 8, 9, 10, 11] if next_observations else [0, 1, 3, 5, 6, 8, 9, 10]
+    np.testing.assert_array_equal(rows.obs, ant_walk()[kept])
+    ends = [1, 4, 6, 8, 11] if next_observations else [1, 3, 6, 8, 10]
+    np.testing.assert_array_equal(
+        np.flatnonzero(np.diff(data.episode, append=-1)), np.searchsorted(kept, ends)
+    )
+    assert has(data.card, "2 rows dropped in which the ant moves farther than 2 m", "_fixed")
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze-v2.hdf5", "antmaze-mine.hdf5", "hopper-medium-v0.hdf5"])
+def test_far_moves_elsewhere_are_kept(root, name):
+    d4rl(public.d4rl_folder() / name, 29, 8, observations=ant_walk())
+    card = load(str(public.d4rl_folder() / name)).card
+    assert card["transitions"] == 10 and not has(card, "farther")
+
+
+def test_a_first_antmaze_without_such_rows_has_no_note_on_them(root):
+    path = public.d4rl_folder() / "antmaze-umaze-v0.hdf5"
+    d4rl(path, 29, 8, observations=np.zeros((13, 29), np.float32))
+    card = load(str(path)).card
+    assert card["transitions"] == 10 and not has(card, "farther")
+
+
+def test_rows_of_maze2d_that_repeat_an_observation_are_dropped(root):
+    """After a timeout D4RL's script kept the old observation, and the ball moved on."""
+    walk = np.random.default_rng(0).normal(size=(13, 4)).astype(np.float32)
+    walk[5] = walk[4]  # after a timeout
+    walk[8] = walk[7]  # the ball may also rest
+    path = public.d4rl_folder() / "maze2d-large-sparse-v1.hdf5"
+    d4rl(path, 4, 2, terminals=False, observations=walk)
+    data = load("maze2d-large-v1")
+    np.testing.assert_array_equal(data.transitions.obs, walk[[0, 1, 2, 3, 6, 7, 8, 9, 10]])
+    np.testing.assert_array_equal(data.transitions.next_obs, walk[[1, 2, 3, 4, 7, 8, 9, 10, 11]])
+    np.testing.assert_array_equal(data.episode, [0] * 4 + [1] * 5)
+    assert has(data.card, "1 rows after timeouts dropped", "2 rows at timeouts dropped")
+    path.rename(public.d4rl_folder() / "mine.hdf5")
+    assert load(str(public.d4rl_folder() / "mine.hdf5")).card["transitions"] == 10
+
+
+def test_a_maze2d_of_one_step_between_timeouts(root):
+    """A new target may be where the ball is; then two timeouts follow one another."""
+    walk = np.random.default_rng(0).normal(size=(13, 4)).astype(np.float32)
+    walk[5] = walk[6] = walk[4]
+    path = public.d4rl_folder() / "maze2d-umaze-v1.hdf5"
+    d4rl(path, 4, 2, terminals=False, observations=walk)
+    rewrite(path, timeouts=np.isin(np.arange(12), (4, 5, 11)))
+    np.testing.assert_array_equal(load(str(path)).transitions.obs, walk[[0, 1, 2, 3, 7, 8, 9, 10]])
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("maze2d-large-v1.hdf5", "one row late"),
+        ("maze2d-open-dense.hdf5", "one row late"),
+        ("hopper_medium_expert.hdf5", "expert and medium-replay data"),
+        ("hopper-medium-expert-v0.hdf5", "expert and medium-replay data"),
+        ("hopper_medium_expert-v2.hdf5", None),
+        ("hopper_medium.hdf5", None),
+        ("maze2d-mine.hdf5", None),
+    ],
+)
+def test_notes_on_files_of_d4rl(root, name, note):
+    d4rl(public.d4rl_folder() / name, 4, 2)
+    card = load(str(public.d4rl_folder() / name)).card
+    assert has(card, note) if note else not has(card, "D4RL")
 
 
 @pytest.mark.parametrize("folder", ["home/ant", "pen", "hopper-medium-v2", "D4RL/door/human-v2"])

@@ -12,7 +12,11 @@ import pytest
 from ooo_rl.data.datasets import read, write
 from ooo_rl.data.errors import DatasetError
 
-LENGTHS, KINDS = (6, 4, 5), ("flat.npz", "flat.hdf5", "whole.npz", "main_data.hdf5")
+LENGTHS = (6, 4, 5)
+KINDS = (
+    *("flat.npz", "flat.hdf5", "whole.npz", "main_data.hdf5", "masks.npz"),
+    *("antmaze-umaze-v0.hdf5", "maze2d-large-v1.hdf5"),  # D4RL's, of which rows are dropped
+)
 FILES = 150  # of each kind
 
 
@@ -31,7 +35,11 @@ def arrays_of(kind, rng):
         "terminals": terminal,
     }
     if kind == "whole.npz":
-        return arrays | {"observations": obs, "episode_lengths": np.int32(LENGTHS)}
+        arrays |= {"observations": obs, "episode_lengths": np.int32(LENGTHS)}
+        return arrays | {"next_observations": obs[row + 1]} if rng.random() < 0.5 else arrays
+    if kind == "masks.npz":
+        arrays["masks"], arrays["dones_float"] = 1.0 - arrays.pop("terminals"), 1.0 * last
+        return arrays | {"next_observations": obs[row + 1]}
     arrays["timeouts"] = last & ~terminal
     if rng.random() < 0.5:
         arrays["next_observations"] = obs[row + 1]
@@ -113,7 +121,8 @@ def make(path, kind, rng):
         for _ in range(rng.integers(1, 3)):
             key, name = rng.choice(sorted(arrays)), rng.choice(sorted(MUTATIONS))
             try:
-                changed = MUTATIONS[name](arrays[key], rng)
+                with np.errstate(over="ignore"):  # a small float of a huge number
+                    changed = MUTATIONS[name](arrays[key], rng)
             except (TypeError, ValueError):  # two mutations that do not go together
                 continue
             arrays = {

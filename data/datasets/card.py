@@ -30,7 +30,8 @@ def make_card(
     quantiles = lambda x: [round(float(q), 4) for q in np.quantile(x, (0, 0.25, 0.5, 0.75, 1))]  # noqa: E731
     columns = rows.obs, rows.action, rows.reward, rows.next_obs, rows.discount
     task = raw.dataset_id or name
-    score = normalized_score(task, scored(task, rows.reward, episode).mean()) if raw.ordered else None
+    has_returns = raw.ordered and not raw.endless
+    score = normalized_score(task, scored(task, rows.reward, episode).mean()) if has_returns else None
     low, high = map(action_box.plain, raw.box) if raw.box else (None, None)
     return {
         "id": name, "source": source, "sha256": _digest(*columns), "sha256_of_ends": _digest(truncation),

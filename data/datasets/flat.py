@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from ooo_rl.data.datasets import files, keys, public
+from ooo_rl.data.datasets import d4rl_rows, files, keys, public
 from ooo_rl.data.datasets.validate import Raw, gaps
 from ooo_rl.data.errors import DatasetError
 
@@ -15,9 +15,12 @@ def read(path: pathlib.Path) -> Raw:
         names, groups = files.names(file)
         found = keys.roles(names, path)
         if "episode_lengths" in found:
-            found = {role: key for role, key in found.items() if role not in ("next_observations", "is_last")}
+            found.pop("is_last", None)
         arrays = {role: files.numbers(file[key], f"{path}: {key}") for role, key in found.items()}
     if "episode_lengths" in found:
+        if len(arrays.get("next_observations", ())) != len(arrays["actions"]):
+            arrays.pop("next_observations", None)
+            found.pop("next_observations", None)
         raw = _whole_episodes(arrays, found, path)
     else:
         _check_rows(arrays, found, path, but=())
@@ -29,7 +32,9 @@ def read(path: pathlib.Path) -> Raw:
         else:
             layout = _steps if "is_last" in found else _followed_by_the_next
             raw = layout(arrays, found, ends, path, [*names, *groups])
-    raw.notes += keys.notes_on_names(found, names, groups)
+        d4rl_rows.drop(raw, public.d4rl_id(str(path)), arrays["observations"], ends.truncation)
+    raw.endless = path.name in public.ENDLESS and not raw.end[:-1].any()
+    raw.notes += public.d4rl_notes(path) + keys.notes_on_names(found, names, groups)
     return raw
 
 
@@ -51,9 +56,10 @@ def _transitions(arrays: dict, ends: keys.Ends) -> Raw:
     end, notes, ordered = ends.termination | ends.truncation, ends.notes, True
     end[-1:] = True
     if not ends.limits and obs.shape == next_obs.shape and obs.ndim == 2:
-        cut = np.append(gaps(obs, next_obs), False) & ~end
+        goes_on = ~end  # a row at an end has no next row to follow, whatever the order
+        cut = np.append(gaps(obs, next_obs), False) & goes_on
         end |= cut
-        ordered = bool(cut.sum() <= len(cut) / 2)
+        ordered = bool(cut.sum() <= goes_on.sum() / 2)
         if not ordered:
             notes.append(
                 "the rows are in no order: what this card says of episodes is of single rows, and what a "
@@ -136,7 +142,7 @@ def _whole_episodes(arrays: dict, found: dict, path: pathlib.Path) -> Raw:
     """Reads complete episodes that follow one another in the arrays.
 
     An episode of T actions has T + 1 observations, or T. With T, the next observation of its last row is
-    unknown.
+    unknown, unless there are next_observations, one for each action.
     """
     lengths = _lengths(arrays["episode_lengths"], path)
     n, num_obs = int(lengths.sum()), len(arrays["observations"])
@@ -155,15 +161,19 @@ def _whole_episodes(arrays: dict, found: dict, path: pathlib.Path) -> Raw:
     ends = keys.ends(arrays, found, n, path)
     terminals = ends.termination
     starts = np.cumsum(lengths + extra) - (lengths + extra)
+    following = arrays.get("next_observations")
     # The next observation of a terminated row is never used, so it may be missing.
-    used = lengths if extra else lengths - ~terminals[np.cumsum(lengths) - 1]
+    used = lengths if extra or following is not None else lengths - ~terminals[np.cumsum(lengths) - 1]
     first_row = np.cumsum(lengths) - lengths
     index = np.concatenate([np.arange(s, s + k) for s, k in zip(starts, used)]) if n else np.zeros(0, int)
     rows = np.concatenate([np.arange(s, s + k) for s, k in zip(first_row, used)]) if n else np.zeros(0, int)
     end = np.zeros(len(rows), bool)
     end[np.cumsum(used)[used > 0] - 1] = True
     obs = arrays["observations"]
-    next_obs = obs[np.minimum(index + 1, np.repeat(starts + lengths + extra - 1, used))]
+    if following is None:
+        next_obs = obs[np.minimum(index + 1, np.repeat(starts + lengths + extra - 1, used))]
+    else:
+        next_obs = following[rows]
     dropped = n - len(rows)
     notes = (
         [f"{dropped} last rows of episodes dropped: their next observations are not stored"]

@@ -16,12 +16,13 @@ SYNONYMS = {
     "next_observations": ("next_observation", "next_obs", "next_states", "next_state"),
     "terminals": ("terminal", "terminations", "termination", "terminated", "is_terminal"),
     "timeouts": ("timeout", "truncations", "truncation", "truncated"),
+    "masks": (),  # not discounts, which may hold the discount factor
     "is_last": (),
-    "dones": ("done",),
+    "dones": ("done", "dones_float"),
     "episode_lengths": (),
 }
 NEEDED = ("observations", "actions", "rewards")
-FLAGS = ("terminals", "timeouts", "is_last", "dones")
+FLAGS = ("terminals", "timeouts", "masks", "is_last", "dones")
 KEPT_APART = ("infos", "metadata")  # groups of D4RL's files that nobody misses
 
 
@@ -83,12 +84,20 @@ class Ends(NamedTuple):
 def ends(arrays: dict[str, np.ndarray], found: dict[str, str], n: int, path: object) -> Ends:
     """The ends of episodes in a file of `n` rows, from all the flags that it has.
 
-    `arrays` and `found` have D4RL's names as keys.
+    `arrays` and `found` have D4RL's names as keys. Raises DatasetError if two arrays tell other terminations.
     """
-    known = {role: flags(arrays[role], f"{path}: {found[role]}") for role in FLAGS if role in arrays}
+    meaning = {"masks": " (0 where the task ended, else 1)"}
+    known = {
+        role: flags(arrays[role], f"{path}: {found[role]}{meaning.get(role, '')}")
+        for role in FLAGS
+        if role in arrays
+    }
+    limits, notes = "timeouts" in known, []
+    if "masks" in known:
+        known["terminals"] = _terminals_of_masks(known, found, path)
+        notes.append(f"{found['masks']} read as terminations where it is 0")
     none = np.zeros(n, bool)
     termination, truncation = known.get("terminals", none), known.get("timeouts", none)
-    limits, notes = "timeouts" in known, []
     if "dones" in known:
         key, done = found["dones"], known["dones"]
         if "terminals" in known and limits:
@@ -110,3 +119,16 @@ def ends(arrays: dict[str, np.ndarray], found: dict[str, str], n: int, path: obj
     if "is_last" in known:
         truncation, limits = truncation | (known["is_last"] & ~termination), True
     return Ends(termination, truncation, limits, notes)
+
+
+def _terminals_of_masks(known: dict[str, np.ndarray], found: dict[str, str], path: object) -> np.ndarray:
+    """Terminations [N] from the masks of jaxrl and IQL, which are 0 where the task ended and 1 elsewhere."""
+    ended = ~known["masks"]
+    differ = known.get("terminals", ended) != ended
+    if differ.any():
+        raise DatasetError(
+            f"{path}: {found['terminals']} and {found['masks']} disagree (row {differ.argmax()}): a row "
+            f"terminates where {found['masks']} is 0, and there alone; keep one of them. If "
+            f"{found['terminals']} marks every end of an episode, name it dones"
+        )
+    return ended

@@ -73,6 +73,21 @@ def d4rl_id(path: str) -> str:
     return D4RL_IDS.get(pathlib.PurePath(path).name, "")
 
 
+FIRST_ANTMAZE = re.compile(r"antmaze-.*-v[01]")  # ids of the files whose timeouts are not where episodes end
+
+D4RL_NOTES = {  # start of D4RL's id -> what to know about its file
+    "maze2d-": "rewards are one row late against our environments: D4RL pays a row for its own observation, "
+    "they pay for the next one (D4RL's issue 194)",
+    "hopper-medium-expert-v0": "D4RL's first file of this name holds expert and medium-replay data, not "
+    "expert and medium data (D4RL's issue 19): results do not compare with those of later versions",
+}
+
+
+def d4rl_notes(path: str | pathlib.PurePath) -> list[str]:
+    """What to know about a file with the name of one of D4RL's; nothing about others."""
+    return [note for start, note in D4RL_NOTES.items() if d4rl_id(str(path)).startswith(start)]
+
+
 def d4rl_file(name: str) -> pathlib.Path | None:
     """The file of a D4RL id such as `halfcheetah-medium-v2`; None if D4RL's folder does not have it.
 

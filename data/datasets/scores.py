@@ -1,8 +1,8 @@
 """D4RL's reference scores, and returns normalised by them: 0 is a random policy, 100 an expert.
 
-The numbers come from D4RL (d4rl/infos.py at 89141a6). Gymnasium's and Minari's tasks use the scores of
-D4RL's family of the same name. Some of these tasks differ from D4RL's in physics or reward. Where we know of
-this, the card of a dataset says so.
+The numbers come from D4RL (d4rl/infos.py at 89141a6; those of maze2d v0 from d4rl/pointmaze/__init__.py).
+Gymnasium's and Minari's tasks use the scores of D4RL's family of the same name. Some of these tasks differ
+from D4RL's in physics or reward. Where we know of this, the card of a dataset says so.
 """
 
 import re
@@ -19,6 +19,7 @@ REFERENCES = {
     "antmaze": (0.0, 1.0),
     "ant": (-325.6, 3879.7),
     "kitchen": (0.0, 4.0),
+    "maze2d-open-dense": (11.17817, 27.166538620695782),
     "maze2d-umaze-dense": (68.537689, 193.66285642381482),
     "maze2d-medium-dense": (44.264742, 297.4552547777125),
     "maze2d-large-dense": (30.569041, 303.4857382709002),
@@ -30,6 +31,15 @@ REFERENCES = {
     "hammer": (-274.856578, 12794.134825156867),
     "door": (-56.512833, 2880.5693087298737),
     "relocate": (-6.425911, 4233.877797728884),
+}
+# D4RL's id -> the same, where its first version had shorter episodes. All other names of maze2d mean v1.
+MAZE2D_V0 = {
+    "maze2d-umaze-v0": (0.94, 62.6),
+    "maze2d-medium-v0": (5.77, 85.14),
+    "maze2d-large-v0": (4.83, 191.99),
+    "maze2d-umaze-dense-v0": (23.249793, 81.78995240126592),
+    "maze2d-medium-dense-v0": (19.47762, 96.03474232952358),
+    "maze2d-large-dense-v0": (27.38831, 215.09965671563742),
 }
 # Words of variants without a reference: their returns are on another scale, or D4RL gives none.
 WITHOUT = "sparse", "binary", "walk", "bullet", "eval"
@@ -46,6 +56,8 @@ def reference(name: str) -> tuple[float, float] | None:
         name = public.d4rl_id(name)
     elif name.startswith(("/", "~", ".")) or ":" in name:
         return None
+    if name in MAZE2D_V0:
+        return MAZE2D_V0[name]
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"AdroitHand|Franka", "-", name).lower())
     if any(word in words.split("-") or words.endswith(word) for word in WITHOUT) or re.search(
         r"sparse", words

@@ -65,6 +65,7 @@ class Raw:
     is_box: bool = False  # whether the file says that actions are continuous
     choices: int = 0  # how many discrete actions there are; 0: they are continuous
     dataset_id: str = ""  # the id that the file itself gives
+    endless: bool = False  # whether the file is one run without ends: its return means nothing
 
 
 def validate(
@@ -95,9 +96,11 @@ def validate(
             raw.action, note = action_box.to_unit(raw.action, raw.box, source)
             raw.notes += [note] * bool(note)
         _check_actions(raw, where, clip_out_of_range)
-    gap = gaps(raw.obs, raw.next_obs) & ~raw.end[:-1]
+    goes_on = ~raw.end[:-1]
+    gap = gaps(raw.obs, raw.next_obs) & goes_on
     if gap.any():
-        order = "; if the rows are in no order, leave out what marks time limits" if gap.mean() > 0.5 else ""
+        unordered = gap.sum() > goes_on.sum() / 2
+        order = "; if the rows are in no order, leave out what marks time limits" if unordered else ""
         raise DatasetError(
             f"{where(gap.argmax())}: next_obs differs from the observation of the next row; "
             f"mark the end of an episode there, or correct the file{order}"
