@@ -2,11 +2,14 @@
 that never leak in."""
 
 import itertools
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from ooo_rl.data.figures import aggregates
 
@@ -113,6 +116,40 @@ def test_the_permutation_test_counts_all_ways_to_deal_scores_out(x, y):
     dealt = [([scores[i] for i in way], [s for i, s in enumerate(scores) if i not in way]) for way in ways]
     by_hand = sum(wins(*each) >= wins(x, y) for each in dealt) / len(ways)
     assert aggregates.permutation_p_value(x, y) == pytest.approx(by_hand)
+
+
+def test_the_permutation_test_of_many_runs_ends_and_draws_the_same_deals_each_time():
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=20), rng.normal(size=20)
+    start = time.monotonic()
+    drawn = aggregates.permutation_p_value(x, y)
+    assert time.monotonic() - start < 30  # 1 s on one core; all 10^11 deals would take weeks
+    exact = stats.mannwhitneyu(x, y, alternative="greater", method="exact").pvalue
+    assert 0.01 < exact < 0.5
+    assert drawn != exact and abs(drawn - exact) < 5 * np.sqrt(exact * (1 - exact) / aggregates.DRAWN_DEALS)
+    assert aggregates.permutation_p_value(x, y) == drawn
+    assert aggregates.permutation_p_value(x + 9, y) == 1 / (aggregates.DRAWN_DEALS + 1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 8), (3, 30), (2, 60), (8, 8)])
+def test_the_permutation_test_of_few_deals_is_exact(sizes):
+    rng = np.random.default_rng(7)
+    x, y = (rng.normal(size=n) for n in sizes)
+    exact = stats.mannwhitneyu(x, y, alternative="greater", method="exact").pvalue
+    assert aggregates.permutation_p_value(x, y) == pytest.approx(exact, rel=1e-12)
+
+
+def test_up_to_a_million_deals_are_all_looked_at(monkeypatch):
+    asked = []
+
+    def permutation_test(*_, n_resamples, **__):
+        asked.append(n_resamples)
+        return SimpleNamespace(pvalue=0.5)
+
+    monkeypatch.setattr(aggregates.stats, "permutation_test", permutation_test)
+    for n, m in ((11, 11), (2, 1412), (11, 12), (2, 1413)):  # up to 998,991 deals; from 1,000,405 on
+        aggregates.permutation_p_value(np.arange(n), np.arange(m))
+    assert asked == [np.inf, np.inf, 100_000, 100_000]
 
 
 def test_a_single_run_is_no_test():

@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,6 +60,24 @@ def test_locomotion_is_replayed_by_the_environment(root, actors):
     assert recipe["versions"]["mujoco"] and recipe["made_by"].endswith("generate.py ooo/hopper/medium-v0")
 
 
+def test_the_metadata_say_which_actions_were_played(root, actors, tmp_path, monkeypatch):
+    """A policy without noise plays its mean actions."""
+    still = str(tmp_path / "still.npz")
+    policy.save(still, policy.mlp([(np.zeros((11, 3)), np.full(3, 0.25))], output="clip"))
+    said = {}
+    for file, version in ((actors[0], "v1"), (still, "v2")):
+        library.make("ooo/hopper/expert-v0", f"ooo/hopper/expert-{version}", transitions=60, policies=(file,))
+        data = library.load(f"ooo/hopper/expert-{version}")
+        varies = data.transitions.action.std(axis=0).max() > 0.01
+        said[varies] = json.loads(data.card["recipe"])["how"]
+        metadata = root / "ooo" / "hopper" / f"expert-{version}" / "data" / "metadata.json"
+        assert json.loads(metadata.read_text())["description"] == said[varies]
+    assert said == {
+        True: "Sampled actions of an expert policy",
+        False: "Mean actions of an expert policy",
+    }
+
+
 def test_random_is_uniform(root):
     library.make("ooo/hopper/random-v0", transitions=2000, seed=3)
     action = library.load("ooo/hopper/random-v0").transitions.action
@@ -82,7 +101,11 @@ def test_medium_expert_is_half_and_half(root, actors, monkeypatch):
     assert played == [(200, 5, []), (201, 6, [])] and len(action) == 401
     np.testing.assert_allclose(action[:200], -0.5)
     np.testing.assert_allclose(action[200:], 0.5)
-    assert json.loads(data.card["recipe"])["behaviour"] == ["low.npz (low)", "high.npz (high)"]
+    recipe = json.loads(data.card["recipe"])
+    assert recipe["behaviour"] == ["low.npz (low)", "high.npz (high)"]
+    assert (
+        recipe["how"] == "Half sampled actions of a medium policy, half sampled actions of an expert policy"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +171,50 @@ def test_relabelling_and_cutting():
     assert [len(p["rewards"]) for p in short] == [5, 2] and short[1]["truncations"].tolist() == [False, True]
 
 
+class Count(envs.Task):
+    """Counts its steps, which are also its rewards. An action above 0.9 breaks it, one below -0.9 ends it."""
+
+    horizon, observation_size, action_size = 4, 1, 1
+
+    def start(self, key):
+        return jnp.zeros(())
+
+    def advance(self, count, action):
+        broken = jnp.where(action[0] > 0.9, jnp.inf, 0.0)
+        return count + 1 + broken, count + 1, action[0] < -0.9, False
+
+    def observe(self, count):
+        return count[None]
+
+
+def test_a_replay_has_all_steps_but_broken_ones(monkeypatch):
+    """Each world's last episode is there, truncated where the recording ends; no next observation is a
+    placeholder."""
+    actions = np.zeros((7, 4, 1), np.float32)
+    actions[2, 1], actions[0, 2], actions[6, 3] = 1.0, 1.0, 1.0
+    actions[1, 3] = -1.0
+
+    def train(env, algorithm, steps, seed, keep):
+        recorded = train_policy.Recorded(train_policy.Restarting(env), keep)
+        state, step = recorded.reset(jax.random.split(jax.random.PRNGKey(seed), 4)), jax.jit(recorded.step)
+        for action in actions:
+            state = step(state, action)
+        jax.block_until_ready(state)
+        jax.effects_barrier()
+
+    monkeypatch.setattr(train_policy, "train", train)
+    episodes = locomotion.replay(Count(), 28, 0, [])
+    lengths = [len(each["rewards"]) for each in episodes]
+    assert lengths == [4, 3, 2, 4, 4, 2, 2, 4] and sum(lengths) == actions.size - 3
+    for each, length in zip(episodes, lengths):
+        np.testing.assert_array_equal(each["observations"][:, 0], np.arange(length + 1))
+        np.testing.assert_array_equal(each["rewards"], 1 + np.arange(length))
+        assert np.abs(each["actions"][:-1]).max(initial=0) == 0 and not each["terminations"][:-1].any()
+        assert not each["truncations"][:-1].any()
+    assert [bool(each["terminations"][-1]) for each in episodes] == [False] * 6 + [True, False]
+    assert [bool(each["truncations"][-1]) for each in episodes] == [True] * 6 + [False, True]
+
+
 @pytest.mark.slow
 def test_brax_sac_learns_on_ours_and_its_experience_is_kept(monkeypatch):
     monkeypatch.setattr(train_policy, "HIDDEN", (8,))  # which compiles sooner
@@ -157,10 +224,10 @@ def test_brax_sac_learns_on_ours_and_its_experience_is_kept(monkeypatch):
         keep=lambda *row: rows.append([np.array(x) for x in row]), progress=lambda step, score: scores.append(score),
         num_envs=4, batch_size=16, grad_updates_per_step=1, min_replay_size=32,
     )  # fmt: skip
-    obs, action, reward, _, termination, done = (np.concatenate(column) for column in zip(*rows))
+    obs, action, reward, _, termination, done, broken = (np.concatenate(column) for column in zip(*rows))
     assert len(obs) >= 600 and len(scores) > 5
     np.testing.assert_allclose(reward, 1 - (action[:, 0] - obs[:, 0]) ** 2, atol=1e-5)
-    assert (termination == 1).all() and (done == 1).all()
+    assert (termination == 1).all() and (done == 1).all() and (broken == 0).all()
     assert set(np.unique(obs)) == {-0.5, 0.5}
     assert len(jax.tree.leaves(parameters)) > 4
 

@@ -1,14 +1,17 @@
 """The library of datasets: names lead to files and recipes, and a recipe knows what it needs."""
 
 import dataclasses
+import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from ooo_rl import envs
+from ooo_rl.data import policy
 from ooo_rl.data.datasets import write
 from ooo_rl.data.errors import DatasetError, UsageError
-from ooo_rl.data.recipes import library
+from ooo_rl.data.recipes import adroit, library
 from ooo_rl.data.recipes.library import RECIPES
 from ooo_rl.data.recipes.recipe import Recipe
 
@@ -83,6 +86,67 @@ def test_every_recipe_is_whole():
         assert recipe.policies and all(number in (0, 1, 2, 4) for number in recipe.policies), name
         assert bool(recipe.read) == (recipe.demonstrations != "none"), name
     assert len(RECIPES) == sum(len(family.RECIPES) for family in library.FAMILIES)
+
+
+LAYER = [(np.zeros((4, 2)), np.zeros(2))]
+NOISY, STILL = policy.mlp(LAYER, log_std=np.zeros(2)), policy.mlp(LAYER)
+FUNCTION = {"jax_mean": np.uint8([0]), "jax_sample": np.uint8([0])}
+SHOWN = adroit.Demonstrations(pathlib.Path("shown.npz"), *[np.zeros((3, 1))] * 3, [np.zeros((2, 1))] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "sources", "episodes", "said"),
+    [
+        ("hopper/medium", [NOISY], 1, "Sampled actions of a medium policy"),
+        ("hopper/medium", [STILL], 1, "Mean actions of a medium policy"),
+        ("ant/expert", [FUNCTION], 1, "Sampled actions of an expert policy"),
+        (
+            "ant/medium-expert",
+            [STILL, NOISY],
+            2,
+            "Half mean actions of a medium policy, half sampled actions of an expert policy",
+        ),
+        ("door/expert", [NOISY], 1, "Sampled actions of an expert policy (D4RL)"),
+        ("door/expert", [STILL], 1, "Mean actions of an expert policy"),
+        (
+            "pen-binary/mixed",
+            [SHOWN],
+            503,
+            "Demonstrations, and 500 roll-outs of a policy cloned from them (AWAC, OOO)",
+        ),
+        (
+            "door-binary/mixed",
+            [NOISY],
+            26,
+            "Demonstrations, and 1 roll-out of a policy cloned from them (AWAC, OOO)",
+        ),
+        (
+            "hammer-truncated-expert/expert",
+            [NOISY],
+            5000,
+            "The first 20 steps of 5,000 expert episodes (OOO)",
+        ),
+        ("hammer-truncated-expert/expert", [NOISY], 7, "The first 20 steps of 7 expert episodes (OOO)"),
+        ("hopper/random", [], 1, "Uniform random actions"),
+    ],
+)
+def test_a_description_says_what_was_done(name, sources, episodes, said):
+    assert RECIPES[f"ooo/{name}-v0"].describe(sources, three_rows() * episodes) == said
+
+
+def test_behaviour_that_came_from_a_file_is_named_by_it(root, made, tmp_path, monkeypatch):
+    def recipe_of(name):
+        return json.loads(library.load(name).card["recipe"])
+
+    library.make("ooo/fake/some-v0")
+    assert recipe_of("ooo/fake/some-v0")["behaviour"] == "built in"
+    file = dataclasses.replace(
+        RECIPES["ooo/fake/some-v0"], demonstrations="any", read=lambda path, env: [path] * 3
+    )
+    monkeypatch.setitem(RECIPES, "ooo/fake/shown-v0", file)
+    library.make("ooo/fake/shown-v0", demonstrations=str(tmp_path / "shown.npz"))
+    recipe = recipe_of("ooo/fake/shown-v0")
+    assert recipe["behaviour"] == ["shown.npz"] and recipe["demonstrations"] == "3 recorded ones, shown.npz"
 
 
 # --- names ---

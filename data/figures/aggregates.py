@@ -7,11 +7,16 @@ NaN marks a failed run. The run is dropped from its task. So a method that fails
 its other seeds: report their number (`n`) beside the average.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+# A permutation test tries all deals of the scores up to this number (11 runs against 11).
+EXACT_DEALS = 1_000_000
+DRAWN_DEALS = 100_000  # deals that it draws where there are more
 
 
 def iqm(x: ArrayLike, axis: int | None = None) -> float | np.ndarray:
@@ -96,15 +101,28 @@ def improvement_interval(
 def permutation_p_value(x: ArrayLike, y: ArrayLike) -> float:
     """How often chance alone gives so large a `probability_of_improvement` of `x` [runs] over `y` [runs].
 
-    It is the share of the ways to deal all scores out to two methods with these numbers of runs: an exact
+    It is the share of the ways to deal all scores out to two methods with these numbers of runs: a
     permutation test, one-sided. With three runs each it is 1/20 at least. NaN if fewer than two runs of a
     method did not fail.
+
+    The test is exact up to 1,000,000 ways, so up to 11 runs against 11. Beyond, it looks at 100,000 ways that
+    are drawn at random, and at the observed one. The draw is the same each time. A share of 0.05 then has a
+    standard error of 0.0007, and none is below 1/100,001.
     """
     pairs = _paired(x, y)
     if not pairs or min(map(len, pairs[0])) < 2:
         return np.nan
     wins = lambda a, b, axis: stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic  # noqa: E731
-    tested = stats.permutation_test(pairs[0], wins, batch=10_000, n_resamples=np.inf, alternative="greater")
+    sizes = [len(scores) for scores in pairs[0]]
+    exact = math.comb(sum(sizes), sizes[0]) <= EXACT_DEALS
+    tested = stats.permutation_test(
+        pairs[0],
+        wins,
+        batch=10_000,
+        n_resamples=np.inf if exact else DRAWN_DEALS,
+        alternative="greater",
+        random_state=np.random.default_rng(0),  # `rng`, its newer name, is unknown to scipy 1.14
+    )
     return float(tested.pvalue)
 
 

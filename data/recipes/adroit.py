@@ -14,7 +14,7 @@ import numpy as np
 from ooo_rl.data import policy
 from ooo_rl.data.datasets.write import cut_to, episode
 from ooo_rl.data.recipes.cloning import clone
-from ooo_rl.data.recipes.episodes import play
+from ooo_rl.data.recipes.episodes import actions_of, is_sampled, play
 from ooo_rl.data.recipes.recipe import Recipe
 from ooo_rl.envs.adroit import Hand
 
@@ -192,6 +192,28 @@ def truncated(env: Hand, transitions: int, seed: int, sources: list[Source]) -> 
     return play(env, transitions, seed, sources)
 
 
+def _about_expert(sources: list[Source], episodes: list[dict]) -> str:
+    """The description of expert data. D4RL's has sampled actions, so that of mean actions is not D4RL's."""
+    (actor,) = sources
+    return f"{actions_of(actor)} of an expert policy{' (D4RL)' if is_sampled(actor) else ''}"
+
+
+def _about_mixed(sources: list[Source], episodes: list[dict]) -> str:
+    """The description of what `mixed` made."""
+    shown = len(sources[0]) if isinstance(sources[0], Demonstrations) else STAND_INS
+    rolled = _counted(len(episodes) - shown, "roll-out")
+    return f"Demonstrations, and {rolled} of a policy cloned from them (AWAC, OOO)"
+
+
+def _about_truncated(sources: list[Source], episodes: list[dict]) -> str:
+    """The description of what `truncated` made."""
+    return f"The first {TRUNCATED_STEPS} steps of {_counted(len(episodes), 'expert episode')} (OOO)"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
+
+
 # Task -> D4RL's number of rows.
 HANDS = {"door": 1_000_000, "hammer": 1_000_000, "pen": 500_000, "relocate": 1_000_000}
 
@@ -203,9 +225,7 @@ def _of_hand(task: str, rows: int) -> dict[str, Recipe]:
         f"ooo/{task}/human-v0": Recipe(
             task, human, 0, "Human demonstrations, replayed", demonstrations="file", read=load_demonstrations
         ),
-        f"ooo/{task}/expert-v0": Recipe(
-            task, play, rows, "Sampled actions of an expert policy (D4RL)", policies=(1,)
-        ),
+        f"ooo/{task}/expert-v0": Recipe(task, play, rows, _about_expert, policies=(1,)),
         f"ooo/{task}/cloned-v0": Recipe(
             task, cloned, rows, half, demonstrations="any", read=load_demonstrations
         ),
@@ -214,10 +234,9 @@ def _of_hand(task: str, rows: int) -> dict[str, Recipe]:
 
 def _binary(task: str) -> Recipe:
     """The recipe of AWAC's and OOO's data for a task that rewards only success."""
-    about = "Demonstrations, and 500 roll-outs of a policy cloned from them (AWAC, OOO)"
     env, rows = f"{task}-binary", 500 * CLONED_STEPS
     also, read = (f"{env}-ending",), load_demonstrations
-    return Recipe(env, mixed, rows, about, also=also, demonstrations="any", read=read)
+    return Recipe(env, mixed, rows, _about_mixed, also=also, demonstrations="any", read=read)
 
 
 RECIPES = {name: recipe for task, rows in HANDS.items() for name, recipe in _of_hand(task, rows).items()}
@@ -226,6 +245,6 @@ RECIPES["ooo/hammer-truncated-expert/expert-v0"] = Recipe(
     "hammer-truncated-expert",
     truncated,
     5_000 * TRUNCATED_STEPS,
-    "The first 20 steps of 5,000 expert episodes (OOO)",
+    _about_truncated,
     policies=(1,),
 )

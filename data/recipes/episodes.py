@@ -29,8 +29,10 @@ def record(
     state, key) -> (action, memory, cut)` is called at each step of a world. `cut` ends the recorded episode
     with a truncation, but the world goes on.
 
-    Only complete episodes are taken, in the order of their ends, so that long ones are not missing. The last
-    episode is cut to fit. A step of broken physics is left out; its episode ends before it.
+    Only complete episodes are taken, in the order of their ends; the last one is cut to fit. Those still
+    unfinished when there are enough rows are thrown away. These are more often long ones. So long episodes
+    are under-represented, the more so the fewer rows each world plays (docs/locomotion.md has an example).
+    A step of broken physics is left out; its episode ends before it.
     """
     restart, worlds = restart or env.reset, max(1, min(64, transitions // 2000))
 
@@ -99,19 +101,28 @@ def _finished(rows: tuple, open_rows: list[list[tuple]]) -> list[dict]:
     return [whole for _, _, whole in sorted(found, key=lambda item: item[:2])]
 
 
+def is_sampled(actor: dict) -> bool:
+    """Whether `play` samples the actions of `actor`. It plays the mean if the policy file has no noise."""
+    return not {"wS", "log_std", "jax_sample"}.isdisjoint(actor)
+
+
+def actions_of(actor: dict) -> str:
+    """The first words of a description: which actions of the policy `actor` `play` takes."""
+    return "Sampled actions" if is_sampled(actor) else "Mean actions"
+
+
 def play(env: envs.Env, transitions: int, seed: int, policies: list, actor: dict | None = None) -> list[dict]:
     """Plays episodes with sampled actions of a policy, or with uniformly random actions if there is none.
 
-    The policy is `actor`, or else the first of `policies`. A policy file without `log_std` or `wS` acts by
-    its mean.
+    The policy is `actor`, or else the first of `policies`. A policy without noise acts by its mean
+    (`is_sampled`).
     """
     actor = actor or (policies[0] if policies else None)
 
     def act(memory, state, key):
         if actor is None:
             return envs.random_actions(env, key), memory, jnp.bool_(False)
-        samples = {"wS", "log_std", "jax_sample"} & set(actor)
-        noise = jax.random.normal(key, (env.action_size,)) if samples else None
+        noise = jax.random.normal(key, (env.action_size,)) if is_sampled(actor) else None
         return policy.forward(actor, state.obs, noise, jnp), memory, jnp.bool_(False)
 
     return record(env, lambda state, key: jnp.int32(0), act, transitions, seed)

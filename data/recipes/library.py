@@ -150,12 +150,15 @@ def make(
             raise UsageError(f"--policy {path}: of it and {name}, only one has discrete actions")
     sources = [recipe.read(demonstrations, env)] if demonstrations else loaded
     episodes = recipe.episodes(env, transitions or recipe.transitions, seed, sources)
+    description = recipe.describe(sources, episodes)
     behaviour = [
         f"{path.name} ({', '.join(str(actor[k]) for k in ('algo', 'source') if k in actor)})"
         for path, actor in zip(map(pathlib.Path, policies), loaded)
     ]
+    if demonstrations:
+        behaviour = [pathlib.Path(demonstrations).name]
     record = {
-        "made_by": f"data/recipes/generate.py {name}", "how": recipe.description, "detail": recipe.detail,
+        "made_by": f"data/recipes/generate.py {name}", "how": description, "detail": recipe.detail,
         "env": recipe.env, "engine": env.backend, "seed": seed,
         "transitions": sum(len(e["rewards"]) for e in episodes), "behaviour": behaviour or "built in",
         "versions": {package: version(package) for package in ("jax", "mujoco", "gymnasium", "brax")},
@@ -166,6 +169,6 @@ def make(
             if demonstrations
             else f"{adroit.STAND_INS} successful episodes of the policy stand in for human ones"
         )
-    about = {"description": recipe.description, "recipe": record}
+    about = {"description": description, "recipe": record}
     choices = env.action_size if envs.is_discrete(env) else 0
     write.write_minari(dataset_id or name, episodes, **about, choices=choices)

@@ -18,7 +18,8 @@ class Recipe:
 
     transitions: the default number of rows; 0 means that `episodes` decides.
 
-    description, detail: what the metadata of the dataset say about it.
+    description, detail: what the metadata of the dataset say about it. What depends on the sources, or on how
+    much was played, is a function (sources, episodes) -> text instead.
 
     policies: how many policy files the dataset can be made from; (0, 1) means that one file is optional.
 
@@ -37,7 +38,7 @@ class Recipe:
     env: str
     episodes: Callable[..., list[dict]]
     transitions: int
-    description: str
+    description: str | Callable[[list, list[dict]], str]
     detail: str = ""
     also: tuple[str, ...] = ()
     policies: tuple[int, ...] = (0,)
@@ -45,6 +46,10 @@ class Recipe:
     demonstrations: Literal["none", "file", "any"] = "none"
     read: Callable[..., Any] | None = None
     by_hand: bool = False
+
+    def describe(self, sources: list, episodes: list[dict]) -> str:
+        """The description of a dataset that was made from `sources` and has these `episodes`."""
+        return self.description(sources, episodes) if callable(self.description) else self.description
 
     @property
     def made_on_first_use(self) -> bool:

@@ -42,8 +42,8 @@ STD_MIN = 1e-3  # least standard deviation of brax's tanh-normal distribution
 class Recorded(Wrapper):
     """Passes every batch of transitions to a function on the host.
 
-    The function is `keep(obs, action, reward, next_obs, termination, done)`; its arguments are arrays
-    [worlds, ...].
+    The function is `keep(obs, action, reward, next_obs, termination, done, broken)`; its arguments are arrays
+    [worlds, ...]. Where `broken` is 1, the next observation is no real one.
     """
 
     def __init__(self, env: Any, keep: Callable):
@@ -59,6 +59,7 @@ class Recorded(Wrapper):
             following.info["true_obs"],
             following.info["termination"],
             following.done,
+            following.info["broken"],
         )
         jax.experimental.io_callback(self.keep, None, *row, ordered=True)
         return following
