@@ -235,7 +235,7 @@ def test_an_agent_that_no_phase_has_trained_is_not_saved(monkeypatch):
         name: SimpleNamespace(actor=SimpleNamespace(params=np.ones((1, 2))))
         for name in ("explorer", "exploiter")
     }
-    run = SimpleNamespace(plan=[SimpleNamespace(agent="explorer")], num_runs=1)
+    run = SimpleNamespace(untrained={"exploiter"}, num_runs=1)
     policies = {**agents, "policy": agents["exploiter"], "teacher": np.ones((1, 2))}
     with pytest.raises(ZeroDivisionError):
         Session.conclude(run, SimpleNamespace(**agents, ring=None), None, policies)

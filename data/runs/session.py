@@ -115,6 +115,7 @@ class Session:
             hyper, self.labels = grid(self.args)
             phases = make_plan(self.args)
             self.plan, self.first_agent = cut(self.args, phases), phases[0].agent
+            self.untrained = {phase.agent for phase in phases} - {chunk.agent for chunk in self.plan}
             self._find_folder()
         with usual_promotion():
             self.data = processes.first_and_then_others(partial(load_dataset, self.args))
@@ -277,7 +278,7 @@ class Session:
         has steps or not. `act(actor, obs)` gives the actions that evaluations play.
         """
         init = self.first_agent
-        if self.args.init_from and init not in {chunk.agent for chunk in self.plan}:
+        if self.args.init_from and init in self.untrained:
             raise UsageError(f"--init-from is where the {init} starts, and no phase of the plan trains it")
         self.evaluate = Evaluator(self.args, self.env, act, self.mesh, self.room)
         if self.args.init_from and not self.args.resume:
@@ -602,15 +603,14 @@ class Session:
         """Ends a run: policy files, exported experience, figures, results.
 
         policies: name -> the agent whose policy is to be saved, or the parameters of one, [runs, ...]. An
-            agent of the state that no phase has trained is not saved.
+            agent whose phases have no steps is not saved.
         export: `export(actor)` makes a policy file's arrays of one run's parameters.
         stages: the three phases of a method that pre-trains, explores and retrains.
         """
-        trained = {chunk.agent for chunk in self.plan}
         actors = {
             name: agent.actor.params if hasattr(agent, "actor") else agent
             for name, agent in policies.items()
-            if name in trained or agent is not getattr(state, name, None)
+            if name not in self.untrained
         }
         actors = real(actors, self.num_runs)
         with processes.together():

@@ -324,7 +324,8 @@ def shares() -> list[dict]:
                  "value": value}
                 for seed, value in enumerate(values)
             ]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["phase"], row["setting"], int(row["step"])))
+    kinds = "random", "medium", "medium-expert"  # best last; the legend has this order
+    return sorted(rows, key=lambda r: (r["setting"] not in kinds, (*kinds, r["setting"]).index(r["setting"])))
 
 
 def seeds_csv() -> str:
