@@ -300,6 +300,23 @@ def test_q_of_settings_and_of_no_values_at_all(tmp_path, drawn):
         curves.q_curves(record(1), tmp_path / "q.png")
 
 
+def test_a_dataset_that_another_run_wrote_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    """After a resumption: a run's own dataset is not written twice, whatever its folder is called from there."""
+    written = []
+    monkeypatch.setattr(report.write, "export_experience", lambda dataset, *_, **__: written.append(dataset))
+    args = SimpleNamespace(export="ooo/x", resume="it", actions="continuous", num_envs=2)
+    session = SimpleNamespace(
+        args=args, labels=[RunLabel(0, "")], failed={}, method="iql", task="it", action_size=2,
+        env=SimpleNamespace(horizon=4), folder=SimpleNamespace(path=tmp_path / "iql" / "hopper" / "mine"),
+    )  # fmt: skip
+    ring = Transition(*(np.zeros((1, 4, 2)) for _ in range(5)))
+    for recipe, again in ((None, 1), ("runs/iql/hopper/other", 1), ("../runs/iql/hopper/mine", 0)):
+        monkeypatch.setattr(report.write, "recipe_of", lambda _, recipe=recipe: recipe)
+        written.clear()
+        report.export_experience(session, ring, 4)
+        assert len(written) == again, recipe
+
+
 def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, drawn):
     """`report` reads phase and step out of the words of `Session.find_broken`."""
     labels = [RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]

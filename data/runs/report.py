@@ -1,6 +1,7 @@
 """What a finished run leaves behind: results, a policy file per seed, learning curves, maps of 2-D tasks."""
 
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +42,8 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
     args = session.args
     for r, label in enumerate(session.labels):
         dataset = export_id(args, label)
-        # by this run, just before it was interrupted
-        written = args.resume and write.recipe_of(dataset) == str(session.folder.path)
+        # By this run, just before it was interrupted? Its folder may be named from elsewhere now.
+        written = args.resume and _tail(write.recipe_of(dataset) or "") == _tail(session.folder.path)
         if r not in session.failed and not written:
             rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
             about = f"{session.method} exploring {session.task}"
@@ -50,6 +51,11 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
             choices = session.action_size if args.actions == "discrete" else 0
             worlds = args.num_envs, session.env.horizon
             write.export_experience(dataset, rows, *worlds, **how, choices=choices)
+
+
+def _tail(folder: str | pathlib.Path) -> tuple[str, ...]:
+    """Method, task and name of a run: the end of its folder's path."""
+    return pathlib.Path(folder).parts[-3:]
 
 
 def draw(session: Any, ring: Transition | None, collected: int, stages: tuple[str, ...]) -> dict:
