@@ -13,6 +13,7 @@ from training import trained
 from ooo_rl.algos import ooo_rlpd
 from ooo_rl.data import buffer
 from ooo_rl.data.buffer import Transition
+from ooo_rl.data.runs.session import Session
 
 
 @functools.cache
@@ -101,6 +102,27 @@ def test_the_exploiter_has_critics_of_its_own():
     assert ooo_rlpd.for_exploiter(like).nets == like.nets == sac.nets
     assert (exploiter.critic.num, exploiter.target.num, exploiter.critic.layer_norm) == (2, 2, False)
     assert (exploiter.actor, exploiter.critic.hidden) == (sac.nets.actor, sac.nets.critic.hidden)
+
+
+def test_the_q_values_of_the_exploiter_come_from_its_own_critics(tmp_path, monkeypatch):
+    """Ten critics cannot be asked with the parameters of two; this came out at the end of the exploration."""
+    seen = []
+    monkeypatch.setattr(Session, "compile", lambda self, static, *_: seen.extend([self, static]) or 1 / 0)
+    settings = {
+        "env": "probe-match-obs",
+        "dataset": "none",
+        "offline_steps": 0,
+        "hidden": (8,),
+        "critic_hidden": (8,),
+    }
+    with pytest.raises(ZeroDivisionError):
+        ooo_rlpd.train(ooo_rlpd.Args(**settings, retrainer="sac", runs_dir=str(tmp_path)))
+    session, static = seen
+    own, obs, action = ooo_rlpd.for_exploiter(static).nets.critic, jnp.ones((5, 1)), jnp.ones((5, 1))
+    params = own.init(jax.random.PRNGKey(0), obs, action)
+    found = session._q_of("exploiter")(params, obs, action)
+    np.testing.assert_allclose(found, own.apply(params, obs, action).min(axis=0))
+    assert found.shape == (5,) and session._q_of("explorer") is not session._q_of("exploiter")
 
 
 TINY = {

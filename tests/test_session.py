@@ -2,10 +2,12 @@
 another run's agents.
 """
 
+import contextlib
 import importlib
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -16,9 +18,12 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import cql, iql, ooo_iql, sac
+from ooo_rl.algos import cql, gde_iql, iql, ooo_iql, sac
 from ooo_rl.data.errors import UsageError
+from ooo_rl.data.learner import Learner
 from ooo_rl.data.runs import report, settings
+from ooo_rl.data.runs import session as session_module
+from ooo_rl.data.runs.checkpoint import Checkpoints
 from ooo_rl.data.runs.session import Session
 from ooo_rl.envs.base import Task
 
@@ -226,6 +231,33 @@ def test_init_from_is_where_the_explorer_starts_though_it_is_not_the_first_to_tr
     nothing = args | {"online_steps": 0, "retrain_at": (), "name": "nothing"}
     with pytest.raises(UsageError, match="--init-from is where the explorer starts, and no phase"):
         opened(ooo_iql, ooo_iql.Args(**nothing))
+
+
+def test_what_learns_beside_an_agent_is_found_in_a_state():
+    state = gde_iql.State(
+        None, Learner.create({"w": jnp.ones(2)}), *[None] * (len(fields(gde_iql.State)) - 2)
+    )
+    assert [*session_module._learners(state)] == ["explorer"]
+
+
+def test_the_state_of_a_broken_run_is_taken_without_the_others():
+    tree = {"w": jnp.arange(12.0).reshape(4, 3), "n": np.arange(4)}
+    found = session_module._rows_of([2], tree, 3)
+    np.testing.assert_array_equal(found["w"], [[6, 7, 8]])
+    np.testing.assert_array_equal(found["n"], [2])
+
+
+def test_a_resumed_run_frees_its_fresh_state(sources, tmp_path):
+    """There may be no room for two. Without a checkpoint it is what the run goes on from."""
+    folder, _ = sources("iql")
+    checkpoints = Checkpoints(folder)
+    fresh = lambda: {"w": jnp.ones((2, 3)), "kept": np.ones((2, 3))}  # noqa: E731
+    kept = Checkpoints(tmp_path)
+    for at, given in ((kept, fresh()), (checkpoints, fresh())):
+        with contextlib.suppress(UsageError):  # that run has another state; what fits is not looked at here
+            at.restore(given, 2)
+        assert given["w"].is_deleted() == (at is checkpoints)
+        at.close()
 
 
 def test_an_agent_that_no_phase_has_trained_is_not_saved(monkeypatch):

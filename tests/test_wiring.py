@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_sac import random_rows
 
-from ooo_rl.algos import bcq, iql, ooo_iql, sac
+from ooo_rl.algos import bcq, iql, jsrl, ooo_iql, sac
 from ooo_rl.data.runs.session import Session
 
 NAMES = sorted(path.stem for path in pathlib.Path(iql.__file__).parent.glob("[a-z]*.py"))
@@ -138,6 +138,14 @@ def test_the_explorer_takes_over_the_exploiter_only_where_it_goes_on(
     steps = STEPS | {"retrain_at": stops, "retrain_steps": 8, "online_steps": 480}
     wired(ooo_iql, tmp_path, monkeypatch, **steps, dataset=rows, sync_explorer=True)
     assert len(copied) == synced
+
+
+@pytest.mark.parametrize(
+    ("window", "said"), [(5, "4 evaluations online lead to stage 0 of 9"), (1, "stage 4 of 9")]
+)
+def test_jsrl_says_how_far_its_evaluations_lead(window, said, rows, tmp_path, monkeypatch, capsys):
+    wired(jsrl, tmp_path, monkeypatch, **STEPS, dataset=rows, eval_every=0, window=window)
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_bcq_saves_the_policy_of_its_last_step(rows, tmp_path, monkeypatch):
