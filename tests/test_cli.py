@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ooo_rl.algos import cal_ql, dqn, iql, ooo_cal_ql, ooo_iql, ooo_rlpd, rlpd, td3
 from ooo_rl.data.datasets import write as dataset_files
-from ooo_rl.data.errors import UsageError
+from ooo_rl.data.errors import DatasetError, UsageError
 from ooo_rl.data.runs import plan, session
 from ooo_rl.data.runs import settings as cli
 from ooo_rl.data.runs.program import Compiled
@@ -428,6 +428,13 @@ def test_the_plan_retrains_where_asked():
     ]  # fmt: skip
     last = plan.cut(args, ooo_iql.make_plan(replace(args, retrain_at=(96,))))
     assert [(c.phase, c.start) for c in last][-2:] == [("retrained", 0), ("online", 96)]
+
+
+def test_export_to_where_nothing_can_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "below"))
+    with pytest.raises(DatasetError, match="cannot be written"):
+        cli.parse(iql.Args, ["--export", "ooo/x", "--buffer-size", "0"])
 
 
 # --- the bodies' settings ---

@@ -310,6 +310,7 @@ def test_a_dataset_that_another_run_wrote_is_not_taken_for_this_ones(tmp_path, m
         env=SimpleNamespace(horizon=4), folder=SimpleNamespace(path=tmp_path / "iql" / "hopper" / "mine"),
     )  # fmt: skip
     ring = Transition(*(np.zeros((1, 4, 2)) for _ in range(5)))
+    monkeypatch.setattr(report.write, "exists", lambda _: True)
     for recipe, again in ((None, 1), ("runs/iql/hopper/other", 1), ("../runs/iql/hopper/mine", 0)):
         monkeypatch.setattr(report.write, "recipe_of", lambda _, recipe=recipe: recipe)
         written.clear()

@@ -19,6 +19,7 @@ import pytest
 
 from ooo_rl import envs
 from ooo_rl.algos import cql, gde_iql, iql, ooo_iql, sac
+from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.learner import Learner
 from ooo_rl.data.runs import report, settings
@@ -238,6 +239,28 @@ def test_what_learns_beside_an_agent_is_found_in_a_state():
         None, Learner.create({"w": jnp.ones(2)}), *[None] * (len(fields(gde_iql.State)) - 2)
     )
     assert [*session_module._learners(state)] == ["explorer"]
+
+
+def test_after_each_chunk_they_are_looked_at_too():
+    run, state = MagicMock(num_runs=1), gde_iql.State(*[None] * len(fields(gde_iql.State)))
+    explorer = Learner.create({"w": jnp.ones(2)})
+    run.find_broken.side_effect = ZeroDivisionError  # all that comes after is not looked at here
+    chunk = SimpleNamespace(phase="online", start=0, length=8, acts=True, learns=True, agent="agent")
+    with pytest.raises(ZeroDivisionError):
+        Session._after(run, chunk, {"q": np.ones(1)}, state.replace(explorer=explorer), None)
+    assert run.find_broken.call_args.args[3] == {"explorer": explorer}
+
+
+def test_a_report_needs_positions_alone_unless_it_exports():
+    ring = Transition(*(np.arange(24.0).reshape(1, 4, 6) for _ in range(5)))
+    maze, body = SimpleNamespace(layout={}), SimpleNamespace()
+    for env, export, wanted in ((maze, "", ring.obs[..., :2]), (body, "", None), (body, "ooo/x", ring.obs)):
+        run = SimpleNamespace(env=env, args=SimpleNamespace(export=export))
+        found = Session._rows_of_report(run, ring)
+        assert (found is None) == (wanted is None)
+        if found:
+            np.testing.assert_array_equal(found.obs, wanted)
+            np.testing.assert_array_equal(found.next_obs, wanted)
 
 
 def test_the_state_of_a_broken_run_is_taken_without_the_others():
