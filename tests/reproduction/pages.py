@@ -324,8 +324,7 @@ def shares() -> list[dict]:
                  "value": value}
                 for seed, value in enumerate(values)
             ]  # fmt: skip
-    kinds = "random", "medium", "medium-expert"  # best last; the legend has this order
-    return sorted(rows, key=lambda r: (r["setting"] not in kinds, (*kinds, r["setting"]).index(r["setting"])))
+    return rows
 
 
 def seeds_csv() -> str:

@@ -1,4 +1,4 @@
-"""How far online rows are from the data: their likelihood under a VAE of the data (Off2OnRL's Figure 1b).
+"""How far online rows are from the data: their likelihood under a VAE of the data (Off2OnRL's Figure 1b, our way).
 
     python tests/reproduction/shift.py --data ooo/hopper/medium-v0 --online ooo/hopper/tuned-seed0-v0
 
