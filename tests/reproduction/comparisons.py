@@ -274,11 +274,13 @@ BUDGETS["ooo", "maze2d-large-missing-data-steps"] = {
     "HALVES": "--retrain-at 256000 500000",
     **dict.fromkeys(("CQL", "RLPD", "TD3"), "--critic-hidden 64 64"),
 }
-# five times the steps offline and twice those online: do the verdicts on Off2OnRL come from its small budget?
+# The paper's own 250,000 steps online, after five times the steps offline: do the verdicts on Off2OnRL come from
+# its small budget?
 BUDGETS["off2onrl", "halfcheetah-medium-long"] = {
     **BUDGETS["off2onrl", "halfcheetah-medium"],
+    "ALL": "--num-envs 1 --eval-every 25000 --eval-episodes 10 --checkpoint-every 12500 --batch-size 64",
     "OFFLINE": "--offline-steps 50000",
-    "ONLINE": "--online-steps 50000",
+    "ONLINE": "--online-steps 250000",
 }
 
 
