@@ -282,6 +282,15 @@ BUDGETS["off2onrl", "halfcheetah-medium-long"] = {
     "OFFLINE": "--offline-steps 50000",
     "ONLINE": "--online-steps 250000",
 }
+# The paper's own agents of a million offline steps, and their networks; see official_agents.py, which makes the
+# dataset and the runs `pre` and `pre_1`.
+BUDGETS["off2onrl", "halfcheetah-official"] = {
+    **BUDGETS["off2onrl", "halfcheetah-medium"],
+    "ALL": "--num-envs 1 --eval-every 5000 --eval-episodes 10 --checkpoint-every 5000 --batch-size 64",
+    "DATA": "--dataset ooo/halfcheetah/official-v0",
+    **dict.fromkeys(("NETS", "CRITICS", "CQL"), ""),
+    "VAE": "--vae-hidden 256 256",
+}
 
 
 def words_of(comparison: str, task: str, run: str, folder_of) -> list[str]:
