@@ -4,14 +4,10 @@
 """
 
 import difflib
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 
-from ooo_rl.envs import adroit, antmaze, kitchen, locomotion, maze2d, probes
+from ooo_rl.envs import adroit, antmaze, kitchen, locomotion, maze2d, probes, users
 from ooo_rl.envs.base import (
     Env,
     State,
@@ -117,14 +113,16 @@ def make(name: str, physics: str = "auto", **settings) -> Env:
 
     `name` is one of `names()`, or `my_package.my_module:MyTask`: a class or function that can be imported
     from the working directory. `physics` is one of `ENGINES`. Raises ValueError if there is no such
-    environment (the message lists similar names), or if `physics` is unknown or does not fit.
+    environment (the message lists similar names), if `physics` is unknown or does not fit, or if an
+    environment of your own does not keep the contract.
     """
     if physics not in ENGINES:
         raise ValueError(f"unknown physics {physics!r}; choose one of {', '.join(ENGINES)}")
     if name in _BODIES:
         return _BODIES[name](physics=physics, **settings)
     if ":" in name or name in _REGISTERED:
-        return _make_users(name, physics, settings)
+        task = _REGISTERED[name] if name in _REGISTERED else users.imported(name)
+        return users.build(name, task, physics, settings)
     if name not in _JAX_TASKS:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
         raise ValueError(
@@ -135,44 +133,3 @@ def make(name: str, physics: str = "auto", **settings) -> Env:
             f"{name} is written in JAX and uses no physics engine; leave --physics auto, not {physics}"
         )
     return _JAX_TASKS[name](**settings)
-
-
-def _make_users(name: str, physics: str, settings: dict) -> Env:
-    """Builds a user's environment: one that was registered, or one to import."""
-    task = _REGISTERED[name] if name in _REGISTERED else _imported(name)
-    if "physics" in inspect.signature(task).parameters:
-        settings = {**settings, "physics": physics}
-    elif physics != "auto":
-        raise ValueError(f"{name} has no parameter `physics`; leave --physics auto, not {physics}")
-    # A class that lacks a part of brax's contract cannot even be called.
-    missing = sorted(getattr(task, "__abstractmethods__", ()))
-    if not missing:
-        env = task(**settings)
-        parts = "reset", "step", "observation_size", "action_size", "horizon"
-        missing = [part for part in parts if not hasattr(env, part)]
-    if missing:
-        raise ValueError(
-            f"{name} is not an environment: it has no {', '.join(missing)}; "
-            "docs/contributing.md says what an environment needs"
-        )
-    return env
-
-
-def _imported(name: str) -> Callable[..., Env]:
-    """The class or function `my_package.my_module:MyTask`; the working directory is searched as well."""
-    module, _, attribute = name.partition(":")
-    if not module or module.startswith("."):
-        raise ValueError(f"{name!r} names no module to import; write --env my_module:MyTask")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"cannot import {module!r} from the working directory ({error}); write --env my_module:MyTask"
-        ) from None
-    if not hasattr(found, attribute):
-        raise ValueError(f"the module {module!r} has no {attribute!r}; write --env my_module:MyTask")
-    if not callable(task := getattr(found, attribute)):
-        raise ValueError(f"{name} is not an environment: it is neither a class nor a function")
-    return task

@@ -241,8 +241,11 @@ def test_a_name_that_no_folder_can_have_is_refused(own, name):
             "own_absent:Line",
             r"cannot import 'own_absent' .*\(No module named 'own_absent'\); write --env my_module:MyTask",
         ),
-        ("own_tasks:Lime", "the module 'own_tasks' has no 'Lime'; write --env my_module:MyTask"),
-        ("own_tasks:", "the module 'own_tasks' has no ''"),
+        (
+            "own_tasks:Lime",
+            r"the module 'own_tasks' \(.*own_tasks.py\) has no 'Lime'; write --env my_module:MyTask",
+        ),
+        ("own_tasks:", r"the module 'own_tasks' \(.*\) has no ''"),
         (":Line", "':Line' names no module to import; write --env my_module:MyTask"),
         (".own_tasks:Line", "'.own_tasks:Line' names no module to import"),
         ("own_tasks:Unfinished", "own_tasks:Unfinished is not an environment: it has no action_size; docs/c"),
@@ -261,17 +264,6 @@ def test_what_is_no_environment_is_one_clear_error(own, name, message):
     own("own_tasks")
     with pytest.raises(ValueError, match=message):
         envs.make(name)
-
-
-def test_a_module_that_cannot_be_imported_says_what_it_lacks(own, tmp_path):
-    (tmp_path / "own_broken.py").write_text("import own_missing")
-    with pytest.raises(ValueError, match=r"cannot import 'own_broken' .*No module named 'own_missing'"):
-        envs.make("own_broken:Line")
-    (tmp_path / "own_faulty.py").write_text("import math\nmath.no_such_thing")
-    with pytest.raises(
-        AttributeError, match="no_such_thing"
-    ):  # a fault of the user's module, which is not missing
-        envs.make("own_faulty:Line")
 
 
 # --- the point mass and the probes ---
