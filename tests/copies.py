@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=ALGOS, help="the files to compare")
     parser.add_argument("--fix", action="store_true", help="carry the originals into their copies")
     args = parser.parse_args()
+    if not any(args.folder.glob("*.py")):
+        parser.exit(2, f"error: --folder {args.folder}: no folder with Python files\n")
     changes = fix(args.folder) if args.fix else []
     faults = check(args.folder)
     for line in (*changes, *faults):

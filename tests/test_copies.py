@@ -192,3 +192,12 @@ def test_command(folder):
     assert run() == (0, "")
     change(folder / "summer.py", "# as in spring.py\n@", "@")
     assert run("--fix")[0] == 1
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_the_command_needs_files(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, copies.__file__, "--folder", name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --folder {name}: no folder with Python files\n"

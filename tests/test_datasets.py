@@ -591,7 +591,10 @@ BAD = {
     "text": (broken(rewards=lambda x: x.astype(str)), "rewards holds .*not numbers"),
     "rows": (broken(actions=lambda x: x[:-1]), "actions has 11 rows, rewards 12"),
     "flags": (broken(terminals=lambda x: x[:-1]), "terminals has 11 rows, rewards 12"),
-    "flat": (broken(observations=lambda x: x[:, 0], next_observations=lambda x: x[:, 0]), "obs has shape"),
+    "flat": (
+        broken(observations=lambda x: x[:, 0], next_observations=lambda x: x[:, 0]),
+        r"observations has shape \(12,\); expected 12 rows and 2 dimensions$",
+    ),
     "width": (broken(next_observations=lambda x: x[:, :2]), "observations are .*next observations"),
     "short": (broken(next_observations=lambda x: x[:-2]), "next_observations has 10 rows, rewards 12"),
     "long": (
@@ -604,7 +607,7 @@ BAD = {
         r"step 1 \(row 5\): reward is not finite in float32",
     ),
     "complex": (broken(actions=lambda x: x + 1j), "actions holds complex numbers, not numbers"),
-    "no columns": (broken(actions=lambda x: x[:, :0]), r"action has shape \(12, 0\), so its rows are empty"),
+    "no columns": (broken(actions=lambda x: x[:, :0]), r"actions has shape \(12, 0\), so its rows are empty"),
     "empty": (lambda arrays: {key: value[:0] for key, value in arrays.items()}, "no transitions"),
     "missing": (
         lambda arrays: {k: v for k, v in arrays.items() if k != "rewards"},
@@ -767,8 +770,38 @@ def test_objects_and_other_files_are_refused(tmp_path):
             load(str(tmp_path / name))
     with h5py.File(tmp_path / "group.h5", "w") as file:
         file.create_group("observations")
-    with pytest.raises(DatasetError, match="no array 'observations'; found nothing"):
+    message = "no array 'observations'; found groups: observations; the arrays must stand at the top level"
+    with pytest.raises(DatasetError, match=message):
         load(str(tmp_path / "group.h5"))
+    with h5py.File(tmp_path / "none.h5", "w"):
+        pass
+    with pytest.raises(DatasetError, match=r"no array 'observations'; found nothing$"):
+        load(str(tmp_path / "none.h5"))
+
+
+def test_arrays_in_groups_are_refused(tmp_path):
+    """robomimic's layout has a group for each demonstration."""
+    with h5py.File(tmp_path / "low_dim.hdf5", "w") as file:
+        file["data/demo_0/obs/object"], file["data/demo_0/actions"] = np.zeros((9, 3)), np.zeros((9, 2))
+        file["mask/train"] = np.zeros(1)
+    message = "no array 'observations'; found groups: data, mask; the arrays must stand at the top level of the file"
+    with pytest.raises(DatasetError, match=message):
+        load(str(tmp_path / "low_dim.hdf5"))
+    with h5py.File(tmp_path / "low_dim.hdf5", "a") as file:
+        file["observations"] = np.zeros((9, 3))
+    with pytest.raises(DatasetError, match="'actions'; found observations, and groups: data, mask; the"):
+        load(str(tmp_path / "low_dim.hdf5"))
+
+
+@pytest.mark.parametrize(("obs", "next_obs"), [("obs", None), ("observations", None), ("obs", "next_obs")])
+def test_images_are_refused(tmp_path, obs, next_obs):
+    """By the names that the file has. An image may be the next observation alone."""
+    arrays, images = flat(episodes()), np.zeros((12, 8, 8, 3), np.uint8)
+    arrays[obs] = arrays.pop("observations")
+    arrays[next_obs or obs] = images
+    said = rf"npz: {next_obs or obs} has the shape \(8, 8, 3\) in each row; an observation must be a vector: images"
+    with pytest.raises(DatasetError, match=said):
+        load(save(tmp_path / "images.npz", arrays))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -100,9 +100,13 @@ def test_the_command(tmp_path):
         subprocess.run(
             [sys.executable, fqe.__file__, *words.split()], cwd=tmp_path, capture_output=True, text=True
         )
-        for words in (flags, flags.replace("policy.npz", "other.npz"))
+        for words in (flags, flags.replace("policy.npz", "other.npz"), f"{flags} --discount 2")
     ]
     assert done[0].returncode == 0, done[0].stderr
+    headings = [line for line in done[0].stdout.splitlines() if line.startswith("gradient steps, then")]
+    assert len(headings) == 1
     steps, *values = done[0].stdout.splitlines()[-1].split()
     assert steps == "20" and len(values) == 2 and np.isfinite(np.float64(values)).all()
     assert done[1].returncode == 2 and done[1].stderr == "error: --policy other.npz: there is no such file\n"
+    assert done[2].returncode == 2 and done[2].stderr == "error: --discount must be below 1, not 2.0\n"
+    assert "gradient steps, then" not in done[2].stdout

@@ -317,6 +317,28 @@ def test_the_command_says_in_one_line_what_it_needs(root, monkeypatch, capsys, w
     assert not said.out and not list(root.rglob("*.hdf5"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--env point-mass-wall --steps 4096",
+            "SAC collects 4096 steps before it learns: --steps (of a dataset: --transitions) must be above 4096, "
+            "not 4096",
+        ),
+        ("--env toy-maze --algorithm ppo", "ToyMaze has discrete actions, and brax's PPO and SAC here"),
+        ("--env toy-maze --steps 100", "algos/dqn.py learns such tasks"),
+    ],
+)
+def test_what_brax_cannot_learn_is_refused_before_it_begins(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(train_policy, "Restarting", lambda env: pytest.fail("began before the error"))
+    monkeypatch.setattr(sys, "argv", ["train_policy.py", *words.split(), "--out", str(tmp_path / "p.npz")])
+    with pytest.raises(SystemExit) as end:
+        guarded(train_policy.main)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.err.count("\n") == 1 and not said.out
+    assert said.err.startswith("error: ") and message in said.err
+
+
 def test_a_generator_killed_half_way_leaves_no_dataset(root):
     program = [sys.executable, str(REPO / "data/recipes/generate.py")]
     command = [*program, "maze2d-open", "--transitions", "500000"]

@@ -8,12 +8,16 @@ from ooo_rl.data.datasets import d4rl_rows, files, keys, public
 from ooo_rl.data.datasets.validate import Raw, gaps
 from ooo_rl.data.errors import DatasetError
 
+COLUMNS = {  # of `Raw` -> the array that it is read from
+    "obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations",
+}  # fmt: skip
+
 
 def read(path: pathlib.Path) -> Raw:
     """The rows of a file. Only the arrays that are used are read."""
     with files.opened(path) as file:
         names, groups = files.names(file)
-        found = keys.roles(names, path)
+        found = keys.roles(names, path, groups)
         if "episode_lengths" in found:
             found.pop("is_last", None)
         arrays = {role: files.numbers(file[key], f"{path}: {key}") for role, key in found.items()}
@@ -33,6 +37,7 @@ def read(path: pathlib.Path) -> Raw:
             layout = _steps if "is_last" in found else _followed_by_the_next
             raw = layout(arrays, found, ends, path, [*names, *groups])
         d4rl_rows.drop(raw, public.d4rl_id(str(path)), arrays["observations"], ends.truncation)
+    raw.keys = {column: found[role] for column, role in COLUMNS.items() if role in found}
     raw.endless = path.name in public.ENDLESS and not raw.end[:-1].any()
     raw.notes += public.d4rl_notes(path) + keys.notes_on_names(found, names, groups)
     return raw

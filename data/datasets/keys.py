@@ -1,6 +1,6 @@
 """The names that files give to the arrays of a dataset, and what their flags say about ends of episodes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +26,10 @@ FLAGS = ("terminals", "timeouts", "masks", "is_last", "dones")
 KEPT_APART = ("infos", "metadata")  # groups of D4RL's files that nobody misses
 
 
-def roles(arrays: Iterable[str], path: object) -> dict[str, str]:
+def roles(arrays: Iterable[str], path: object, groups: Collection[str] = ()) -> dict[str, str]:
     """D4RL's names of the arrays that are there -> the names that the file gives them.
+
+    `arrays` and `groups` are the names at the top level of the file.
 
     Raises DatasetError if an array is missing that every dataset needs, or if two arrays hold the same flags.
     """
@@ -40,7 +42,10 @@ def roles(arrays: Iterable[str], path: object) -> dict[str, str]:
             found[role] = there[0]
     for role in NEEDED:
         if role not in found:
-            raise DatasetError(f"{path}: no array {role!r}; found {shown(arrays) or 'nothing'}")
+            there = [shown(arrays)] * bool(arrays) + [f"groups: {shown(groups)}"] * bool(groups)
+            said = f"{path}: no array {role!r}; found {', and '.join(there) or 'nothing'}"
+            advice = "; the arrays must stand at the top level of the file, one row for each step"
+            raise DatasetError(said + advice * bool(groups))
     return found
 
 

@@ -1,7 +1,7 @@
 """Checks the rows of a file before anything learns from them, and makes flat arrays of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Raw:
     is_box: bool = False  # whether the file says that actions are continuous
     choices: int = 0  # how many discrete actions there are; 0: they are continuous
     dataset_id: str = ""  # the id that the file itself gives
+    keys: dict[str, str] = field(default_factory=dict)  # column -> the array's name in the file, if known
     endless: bool = False  # whether the file is one run without ends: its return means nothing
 
 
@@ -120,18 +121,23 @@ def _check_shapes(raw: Raw, source: str) -> None:
     """Raises DatasetError if the columns of `raw` do not belong together; makes floats of whole numbers."""
     n = len(raw.reward)
     for name, rank in (("obs", 2), ("action", 1 if raw.choices else 2), ("reward", 1), ("next_obs", 2)):
-        array = getattr(raw, name)
+        array, key = getattr(raw, name), raw.keys.get(name, name)
         if array.ndim == 2 and array.shape[-1] == 1 and rank == 1:
             array = array[:, 0]
         if array.ndim == 1 and name == "action" and rank == 2:
             array = array[:, None]
+        if array.ndim > 2 and name.endswith("obs"):
+            raise DatasetError(
+                f"{source}: {key} has the shape {array.shape[1:]} in each row; "
+                "an observation must be a vector: images are not supported"
+            )
         if array.ndim != rank or len(array) != n:
             raise DatasetError(
-                f"{source}: {name} has shape {array.shape}; "
+                f"{source}: {key} has shape {array.shape}; "
                 f"expected {n} rows and {rank} dimension{'s' * (rank > 1)}"
             )
         if not array.size:
-            raise DatasetError(f"{source}: {name} has shape {array.shape}, so its rows are empty")
+            raise DatasetError(f"{source}: {key} has shape {array.shape}, so its rows are empty")
         if name != "action" or not raw.choices:
             array = array if array.dtype.kind == "f" else array.astype(np.float64)
         setattr(raw, name, array)

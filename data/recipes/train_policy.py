@@ -111,8 +111,20 @@ def train(
     """Trains on `env` for `steps` environment steps. Returns brax's parameters, as `save` takes them.
 
     `algorithm` is "ppo" or "sac". `progress(step, mean return of 32 episodes)` is called about 20 times.
-    `keep` receives all experience (see `Recorded`). `settings` override those in `SETTINGS`.
+    `keep` receives all experience (see `Recorded`). `settings` override those in `SETTINGS`. Raises
+    UsageError if the actions of `env` are discrete, or if SAC has too few steps.
     """
+    settings = {**SETTINGS[algorithm], **settings}
+    if envs.is_discrete(env):
+        raise UsageError(
+            f"{type(env).__name__} has discrete actions, and brax's PPO and SAC here are for continuous "
+            "ones; algos/dqn.py learns such tasks"
+        )
+    if algorithm == "sac" and steps <= (first := settings["min_replay_size"]):
+        raise UsageError(
+            f"SAC collects {first} steps before it learns: --steps (of a dataset: --transitions) must be "
+            f"above {first}, not {steps}"
+        )
     if not hasattr(jax, "device_put_replicated"):  # brax 0.14.2 still calls it; jax 0.10 removed it
         jax.device_put_replicated = lambda tree, devices: jax.tree.map(
             lambda x: jnp.stack([x] * len(devices)), tree
@@ -135,7 +147,7 @@ def train(
         num_evals=21, num_eval_envs=32, normalize_observations=True, network_factory=factory,
         max_devices_per_host=1,
         progress_fn=lambda step, metrics: progress(step, float(metrics["eval/episode_reward"])),
-        **{**SETTINGS[algorithm], **settings},
+        **settings,
     )  # fmt: skip
     return parameters
 

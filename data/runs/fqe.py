@@ -172,9 +172,7 @@ def _fit(
         rate = settings.target_rate * (learner.opt.count % settings.target_every == 0)
         return learner, optax.incremental_update(learner.params, target, rate), key
 
-    def chunk(
-        state, rows, length
-    ):  # the rows are an argument: what a program closes over is compiled into it
+    def chunk(state, rows, length):  # rows are an argument: what a program closes over is compiled into it
         steps = lambda one: jax.lax.fori_loop(0, length, lambda _, carry: step(rows, carry), one)  # noqa: E731
         return jax.vmap(steps)(state)
 
@@ -207,10 +205,13 @@ def main() -> None:
     data = library.load(args.dataset, clip_out_of_range=args.clip_actions, action_box=box)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
-    def report(steps: int, values: np.ndarray) -> None:
-        print(f"{steps:>9,}  " + "  ".join(f"{value:.4g}" for value in values), flush=True)
+    heading = ["gradient steps, then the discounted return from the first states by each seed's Q"]
 
-    print("gradient steps, then the discounted return from the first states by each seed's Q")
+    def report(steps: int, values: np.ndarray) -> None:
+        row = f"{steps:>9,}  " + "  ".join(f"{value:.4g}" for value in values)
+        print(*heading, row, sep="\n", flush=True)
+        heading.clear()  # it stands above the first row: what is refused leaves no empty table
+
     fitted_q(saved, data, settings, report)
 
 

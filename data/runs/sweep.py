@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ooo_rl.data.errors import UsageError
-from ooo_rl.data.runs.bounds import bounds_of, check_value
+from ooo_rl.data.runs.bounds import bounds_of, check_value, flag
 
 
 class RunLabel(NamedTuple):
@@ -62,9 +62,12 @@ def _swept_values(args: Any, names: list[str]) -> dict[str, list[float]]:
             )
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3) or names
-            raise UsageError(
-                f"--sweep {item}: {name!r} is not a traced setting; did you mean {', '.join(near)}?"
-            )
+            near = ", ".join(flag(one)[2:] for one in near)
+            fault = f"is not a traced setting; did you mean {near}?"
+            if hasattr(args, name):
+                fault = "is fixed when the program compiles, so it cannot be swept; "
+                fault += f"what can be swept is {near}"
+            raise UsageError(f"--sweep {item}: {flag(name)[2:]} {fault}")
         try:
             swept[name] = [float(v) for v in values.split(",")]
         except ValueError:
