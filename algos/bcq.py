@@ -21,7 +21,7 @@ Online, of which the paper has nothing and Off2OnRL's paper no details: no noise
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
@@ -157,6 +157,7 @@ class Agent:
     vae: Learner  # of {"encoder": ..., "decoder": ...}
     target_actor: dict
     target_critic: dict
+    policy: ClassVar = ("actor", "critic", "vae")  # what --init-from must find: together they act
 
 
 @struct.dataclass

@@ -32,7 +32,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -80,7 +80,7 @@ class Args(Experiment):
     """couplings of the prior's flow"""
     prior_hidden: Layers = (128, 128)
     """units of the hidden layers of each coupling, and of Lambda"""
-    return_range: NonNegative = 0.0
+    return_range: Annotated[NonNegative, With("dataset")] = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all other networks"""
@@ -285,17 +285,17 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     loss_v, value = agent.value.descend(value_loss, hyper.value_lr, nets, batch.obs, q, hyper.expectile)
 
     v, next_v = jnp.split(nets.value.apply(value.params, jnp.concatenate([batch.obs, batch.next_obs])), 2)
-    rows = nets, batch.obs, batch.action
-    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
+    adv, rows = q - v, (batch.obs, batch.action)
+    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, nets, *rows, adv, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
     target_q = task_reward + hyper.discount * batch.discount * next_v
-    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
+    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
     agent = agent.replace(actor=actor, critic=critic, target_critic=target_critic, value=value)
     losses = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q}
-    return agent, {**losses, "q": q.mean(), "adv": (q - v).mean()}
+    return agent, {**losses, "q": q.mean(), "adv": adv.mean()}
 
 
 # as in ooo_iql.py
@@ -379,21 +379,21 @@ def sample_batches(offline: Transition | None, ring, added, ratio: float, shape:
     return buffer.take(offline, ring, jnp.concatenate([old, new], axis=-1))
 
 
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline, truncation, done, *, length: int):
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline, truncation, before, *, length: int):
     """`length` gradient steps on the offline rows: of IQL and of the prior, or of the prior alone.
 
-    `done` [] of the phase come before.
+    `before` [] of the phase precede them.
     """
     args, nets, rows = static.args, static.nets, with_last_actions(offline, truncation)
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
-    begun = state.agent.actor.opt.count - done  # --init-from brings steps along
+    inherited = state.agent.actor.opt.count - before  # steps of the --init-from run
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         batch = sample_batches(rows, None, 0, 1.0, (args.batch_size,), sample_key)
         agent, metrics = state.agent, {}
         if args.offline_learns == "all":
-            steps = agent.actor.opt.count - begun
+            steps = agent.actor.opt.count - inherited
             rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
             decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
             agent, metrics = update(nets, decayed, agent, batch, update_key)

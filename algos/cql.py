@@ -37,7 +37,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -61,7 +61,7 @@ class Hyper(Traced):
     """weight of the entropy in the critics' target: 1 is SAC, 0 leaves it out (CQL, Cal-QL)"""
     cql_weight: NonNegative = 5.0
     """weight of the conservative loss beside the Bellman error; with --lagrange alpha' multiplies it"""
-    lagrange_gap: Number = 0.8
+    lagrange_gap: Annotated[Number, With("lagrange")] = 0.8
     """difference between the soft maximum and the data's Q at which --lagrange aims"""
     diff_clip_min: Number = -float("inf")
     """this difference is clipped from below, row by row: a row further down is no longer pushed"""

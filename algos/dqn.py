@@ -9,7 +9,7 @@ DQN. So CQL can be fine-tuned with its own loss, or as DQN from the same paramet
 Online, actions are epsilon-greedy. With `--intrinsic rnd` the reward grows by c times RND's error (random
 network distillation, Burda et al., arXiv 1810.12894) at the next state, standardised in each batch.
 
-Departures. From DQN: targets follow slowly at each step, Adam, and the squared error instead of Huber's.
+Departures. From DQN: the target network follows slowly, the optimiser is Adam, the error is squared.
 `--double` takes the best action of the network itself in the target (double DQN, arXiv 1509.06461). From the
 code that fits GDE's toy maze (fuyw/jrlzoo, rnd/torch and cql/discrete), whose settings are those of the toy
 maze here: environments act side by side (`--num-envs`), and networks begin orthogonal.
@@ -33,7 +33,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -55,9 +55,9 @@ class Hyper(Traced):
     """alpha online"""
     epsilon: Fraction = 0.1
     """share of random actions online"""
-    intrinsic_coef: NonNegative = 0.5
+    intrinsic_coef: Annotated[NonNegative, With("intrinsic")] = 0.5
     """c: weight of RND's bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of RND's predictor"""
 
 
@@ -173,7 +173,10 @@ def update(static: Static, hyper: Hyper, agent: Agent, batch: Transition, bonus:
 
 
 def learn(static: Static, hyper: Hyper, learners: tuple, batch: Transition):
-    """A gradient step of the (agent, RND or nothing) from the reward with its bonus, and of the predictor."""
+    """A gradient step of the agent on reward and bonus, then one of RND's predictor.
+
+    `learners` are (agent, RND); without the bonus RND is ().
+    """
     agent, rnd = learners
     if static.args.intrinsic == "none":
         agent, metrics = update(static, hyper, agent, batch, jnp.zeros(batch.reward.shape))

@@ -15,7 +15,7 @@ import math
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ from ooo_rl.data import buffer, n_step, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.n_step import Linked
-from ooo_rl.data.runs.bounds import Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -54,7 +54,7 @@ class Hyper(Traced):
     """weight of the explorer's divergence from the teacher at first; it falls linearly to 0 (--rho-steps)"""
     cql_weight: NonNegative = 5.0
     """weight of the conservative loss beside the Bellman error; with --lagrange alpha' multiplies it"""
-    lagrange_gap: Number = 0.8
+    lagrange_gap: Annotated[Number, With("lagrange")] = 0.8
     """difference between the soft maximum and the data's Q at which --lagrange aims"""
     diff_clip_min: Number = -float("inf")
     """this difference is clipped from below, row by row: a row further down is no longer pushed"""
@@ -76,14 +76,14 @@ class Args(Experiment):
     """of these, steps at the start that only fill the buffer, with no gradient steps"""
     n_steps: Size = 1
     """steps of the returns that values learn online"""
-    rho_steps: Steps = 0
+    rho_steps: Annotated[Steps, With("online_steps")] = 0
     """environment steps in which rho falls to 0; 0: all of the phase"""
     trial_every: Size = 2_500
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 1_000
     """the first of these steps, which are the trial"""
     without: Literal["nothing", "exploiter", "explorer"] = "nothing"
-    """ablation: the explorer alone acts, is tried and is evaluated; or the exploiter alone acts"""
+    """ablation: who is left out; the other of the two then acts, plays the trials and is evaluated"""
     teacher: Literal["best", "fixed", "none"] = "best"
     """who guides the explorer: the best policy of all trials so far, the offline one, or nobody"""
     hidden: Layers = (256, 256)
@@ -320,9 +320,9 @@ def explorer_loss(params, nets, critic, teacher, obs, rho, key):
 class Trial:
     """The tally of a trial, and the best one so far."""
 
-    counts: jax.Array  # [num_envs] whether the episode under way does
-    total: jax.Array  # [] rewards of those that do
-    episodes: jax.Array  # [] how many they are
+    counts: jax.Array  # [num_envs] whether the running episode belongs to the trial
+    total: jax.Array  # [] sum of the rewards of the trial's episodes
+    episodes: jax.Array  # [] number of the trial's episodes
     best: jax.Array  # [] the largest mean return of a trial; -inf before the first
 
 

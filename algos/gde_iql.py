@@ -5,9 +5,9 @@ Offline this is IQL (iql.py). As the online phase begins, three policies start f
 - the explorer, which acts. It climbs Q, held near the teacher: it descends
   -Q(s, a) + rho * KL(teacher, explorer), a drawn from it. rho falls linearly to 0 over the phase.
 - the exploiter, which goes on with IQL's own loss, from what the explorer finds.
-- the teacher, which learns nothing. Every `--trial-every` steps the exploiter plays `--trial-steps` steps
-  from fresh starts, as it is at their first. Where its return is the best so far, what played becomes
-  the teacher.
+- the teacher, which learns nothing. A trial begins every `--trial-every` steps and lasts `--trial-steps`. A
+  frozen copy of the exploiter plays it from fresh starts. If its return is the best so far, this copy
+  becomes the teacher.
 
 The steps of these trials count as online steps, and their rows are stored like all others. Values are learnt
 from online rows alone, with returns of `--n-steps` steps. What is evaluated and saved as the policy is the
@@ -40,7 +40,7 @@ from ooo_rl.data import buffer, n_step, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.n_step import Linked
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -80,17 +80,17 @@ class Args(Experiment):
     """of these, steps at the start that only fill the buffer, with no gradient steps"""
     n_steps: Size = 1
     """steps of the returns that values learn online"""
-    rho_steps: Steps = 0
+    rho_steps: Annotated[Steps, With("online_steps")] = 0
     """environment steps in which rho falls to 0; 0: all of the phase"""
     trial_every: Size = 2_500
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 1_000
     """the first of these steps, which are the trial"""
     without: Literal["nothing", "exploiter", "explorer"] = "nothing"
-    """ablation: the explorer alone acts, is tried and is evaluated; or the exploiter alone acts"""
+    """ablation: who is left out; the other of the two then acts, plays the trials and is evaluated"""
     teacher: Literal["best", "fixed", "none"] = "best"
     """who guides the explorer: the best policy of all trials so far, the offline one, or nobody"""
-    return_range: NonNegative = 0.0
+    return_range: Annotated[NonNegative, With("dataset")] = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all networks"""
@@ -207,16 +207,16 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     loss_v, value = agent.value.descend(value_loss, hyper.value_lr, nets, batch.obs, q, hyper.expectile)
 
     v, next_v = jnp.split(nets.value.apply(value.params, jnp.concatenate([batch.obs, batch.next_obs])), 2)
-    rows = nets, batch.obs, batch.action
-    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
+    adv, rows = q - v, (batch.obs, batch.action)
+    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, nets, *rows, adv, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
     target_q = task_reward + hyper.discount * batch.discount * next_v
-    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
+    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
     losses = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q}
-    return Agent(actor, critic, target_critic, value), {**losses, "q": q.mean(), "adv": (q - v).mean()}
+    return Agent(actor, critic, target_critic, value), {**losses, "q": q.mean(), "adv": adv.mean()}
 
 
 # as in ooo_iql.py
@@ -256,9 +256,9 @@ def explorer_loss(params, nets, critic, teacher, obs, rho, key):
 class Trial:
     """The tally of a trial, and the best one so far."""
 
-    counts: jax.Array  # [num_envs] whether the episode under way does
-    total: jax.Array  # [] rewards of those that do
-    episodes: jax.Array  # [] how many they are
+    counts: jax.Array  # [num_envs] whether the running episode belongs to the trial
+    total: jax.Array  # [] sum of the rewards of the trial's episodes
+    episodes: jax.Array  # [] number of the trial's episodes
     best: jax.Array  # [] the largest mean return of a trial; -inf before the first
 
 
@@ -363,15 +363,15 @@ def sample_batches(static: Static, hyper: Hyper, offline, truncation, ring, adde
 
 
 # as in iql.py
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, done, *, length: int):
-    """`length` gradient steps on the offline rows; `done` [] of the phase come before."""
-    args, begun = static.args, state.agent.actor.opt.count - done  # --init-from brings steps along
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, before, *, length: int):
+    """`length` gradient steps on the offline rows; `before` [] of the phase precede them."""
+    args, inherited = static.args, state.agent.actor.opt.count - before  # steps of the --init-from run
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         index = jax.random.randint(sample_key, (args.batch_size,), 0, buffer.size(offline))
-        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - begun
+        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - inherited
         rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
         decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
         agent, metrics = update(static.nets, decayed, state.agent, batch, update_key)

@@ -33,7 +33,7 @@ from ooo_rl.data import buffer, n_step, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.n_step import Linked
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -55,7 +55,7 @@ class Hyper(Traced):
     """gradient steps of the critics for each one of the policy and the targets"""
     rho: NonNegative = 0.3
     """weight of the explorer's divergence from the teacher at first; it falls linearly to 0 (--rho-steps)"""
-    exploration_noise: Positive = 0.1
+    exploration_noise: Annotated[Positive, With("online_steps")] = 0.1
     """standard deviation of the noise added to actions online"""
     target_noise: NonNegative = 0.2
     """and of that added to the target policy's actions"""
@@ -77,14 +77,14 @@ class Args(Experiment):
     """of these, steps at the start that only fill the buffer, with no gradient steps"""
     n_steps: Size = 1
     """steps of the returns that values learn online"""
-    rho_steps: Steps = 0
+    rho_steps: Annotated[Steps, With("online_steps")] = 0
     """environment steps in which rho falls to 0; 0: all of the phase"""
     trial_every: Size = 2_500
     """environment steps from one trial of the exploiter to the next"""
     trial_steps: Size = 1_000
     """the first of these steps, which are the trial"""
     without: Literal["nothing", "exploiter", "explorer"] = "nothing"
-    """ablation: the explorer alone acts, is tried and is evaluated; or the exploiter alone acts"""
+    """ablation: who is left out; the other of the two then acts, plays the trials and is evaluated"""
     teacher: Literal["best", "fixed", "none"] = "best"
     """who guides the explorer: the best policy of all trials so far, the offline one, or nobody"""
     normalize_obs: bool = True
@@ -263,9 +263,9 @@ def explorer_loss(params, nets, critic, teacher, obs, rho, noise):
 class Trial:
     """The tally of a trial, and the best one so far."""
 
-    counts: jax.Array  # [num_envs] whether the episode under way does
-    total: jax.Array  # [] rewards of those that do
-    episodes: jax.Array  # [] how many they are
+    counts: jax.Array  # [num_envs] whether the running episode belongs to the trial
+    total: jax.Array  # [] sum of the rewards of the trial's episodes
+    episodes: jax.Array  # [] number of the trial's episodes
     best: jax.Array  # [] the largest mean return of a trial; -inf before the first
 
 

@@ -32,7 +32,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.program import EVERYWHERE, place
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
@@ -55,7 +55,7 @@ class Hyper(Traced):
     """expectile of the value regression: 0.5 is the mean, towards 1 the maximum over the data's actions"""
     temperature: NonNegative = 3.0
     """beta: how sharply the policy prefers advantageous actions; 0 is behaviour cloning"""
-    exploration_spread: NonNegative = 1.0
+    exploration_spread: Annotated[NonNegative, With("online_steps")] = 1.0
     """the policy's standard deviation is multiplied by this where it acts online"""
 
 
@@ -69,7 +69,7 @@ class Args(Experiment):
     """environment steps of fine-tuning"""
     keep: Literal["all", "none", "best"] = "all"
     """offline rows that fine-tuning goes on with: all, none, or a fifth: the episodes of highest return"""
-    return_range: NonNegative = 0.0
+    return_range: Annotated[NonNegative, With("dataset")] = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all networks"""
@@ -185,16 +185,16 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, key: jax.A
     loss_v, value = agent.value.descend(value_loss, hyper.value_lr, nets, batch.obs, q, hyper.expectile)
 
     v, next_v = jnp.split(nets.value.apply(value.params, jnp.concatenate([batch.obs, batch.next_obs])), 2)
-    rows = nets, batch.obs, batch.action
-    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
+    adv, rows = q - v, (batch.obs, batch.action)
+    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, nets, *rows, adv, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
     target_q = task_reward + hyper.discount * batch.discount * next_v
-    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
+    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
     losses = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q}
-    return Agent(actor, critic, target_critic, value), {**losses, "q": q.mean(), "adv": (q - v).mean()}
+    return Agent(actor, critic, target_critic, value), {**losses, "q": q.mean(), "adv": adv.mean()}
 
 
 def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None, spread=1.0) -> jax.Array:
@@ -230,15 +230,15 @@ def init_state(static: Static, key: jax.Array) -> State:
     return State(init_agent(static.nets, static.example, agent_key), env_state, ring, key)
 
 
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, done, *, length: int):
-    """`length` gradient steps on the offline rows; `done` [] of the phase come before."""
-    args, begun = static.args, state.agent.actor.opt.count - done  # --init-from brings steps along
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, before, *, length: int):
+    """`length` gradient steps on the offline rows; `before` [] of the phase precede them."""
+    args, inherited = static.args, state.agent.actor.opt.count - before  # steps of the --init-from run
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         index = jax.random.randint(sample_key, (args.batch_size,), 0, buffer.size(offline))
-        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - begun
+        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - inherited
         rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
         decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
         agent, metrics = update(static.nets, decayed, state.agent, batch, update_key)

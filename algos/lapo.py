@@ -41,7 +41,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -73,7 +73,7 @@ class Hyper(Traced):
     """standard deviation of the noise on the latent action in V's target"""
     latent_noise_clip: NonNegative = 0.2
     """bound of this noise"""
-    exploration_noise: NonNegative = 0.1
+    exploration_noise: Annotated[NonNegative, With("online_steps")] = 0.1
     """standard deviation of the noise added to actions online"""
 
 
@@ -89,7 +89,7 @@ class Args(Experiment):
     """gradient steps on the dataset"""
     online_steps: Steps = 1_000_000
     """environment steps of fine-tuning"""
-    max_reward: NonNegative = 1.0
+    max_reward: Annotated[NonNegative, With("dataset")] = 1.0
     """scale rewards so that the dataset's largest is this; 0: do not"""
     hidden: Layers = (256, 256, 256)
     """units of the hidden layers of all networks"""

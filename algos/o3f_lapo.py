@@ -33,7 +33,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -65,9 +65,9 @@ class Hyper(Traced):
     """standard deviation of the noise on the latent action in V's target"""
     latent_noise_clip: NonNegative = 0.2
     """bound of this noise"""
-    candidate_std: NonNegative = 0.05
+    candidate_std: Annotated[NonNegative, With("online_steps")] = 0.05
     """sigma: standard deviation of the candidates around the policy's action"""
-    omega: Number = 0.0
+    omega: Annotated[Number, With("online_steps")] = 0.0
     """weight of the critics' standard deviation beside their mean, when candidates are ranked"""
 
 
@@ -93,7 +93,7 @@ class Args(Experiment):
     """critics, drawn anew at each step, between whose least and largest value the target lies"""
     candidates: Size = 100
     """N: actions that are ranked at each environment step; 1: noise without ranking"""
-    max_reward: NonNegative = 1.0
+    max_reward: Annotated[NonNegative, With("dataset")] = 1.0
     """scale rewards so that the dataset's largest is this; 0: do not"""
     hidden: Layers = (256, 256, 256)
     """units of the hidden layers of all networks"""

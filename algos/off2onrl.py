@@ -4,7 +4,7 @@ Offline, N CQL agents learn, each from batches of its own (cql.py has CQL in ful
 which learns by SAC's losses, without CQL's:
 
 - The policy is the Gaussian with the mean and the variance of the mixture of the N Gaussians, then squashed.
-- Q is the mean over members of the lesser of each one's two critics. Few unseen actions seem good to all.
+- A member's Q is the smaller of its two critics'. The ensemble's is their mean: few unseen actions look good.
 - Rows are drawn in proportion to w(s, a)^(1/T). A small network estimates w, the density of online rows over
   that of offline rows. So offline rows that look like online ones are drawn more than the others.
 
@@ -37,7 +37,7 @@ from ooo_rl.data import buffer, policy, priorities
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.priorities import Priorities
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -53,7 +53,7 @@ class Hyper(Traced):
     """learning rate of all critics"""
     alpha_lr: NonNegative = 3e-4
     """learning rate of the entropy's weight alpha; 0 keeps --init-alpha"""
-    ratio_lr: NonNegative = 3e-4
+    ratio_lr: Annotated[NonNegative, With("replay", "balanced")] = 3e-4
     """learning rate of the density ratio"""
     target_rate: Fraction = 0.005
     """share of the critics that goes into their targets at each update"""
@@ -63,7 +63,7 @@ class Hyper(Traced):
     """weight of the entropy in the critics' target online: 1 is SAC; offline it is 0, as in CQL's code"""
     cql_weight: NonNegative = 5.0
     """weight of the conservative loss beside the Bellman error, offline"""
-    ratio_temperature: Positive = 5.0
+    ratio_temperature: Annotated[Positive, With("replay", "balanced")] = 5.0
     """T: priorities are w^(1/T); the larger it is, the more alike they are"""
     online_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.5
     """share of online rows in the first batches; it sets the priority of new rows"""
@@ -83,7 +83,7 @@ class Args(Experiment):
     """online each member regresses on its own target (the code), or their mean does on one (the paper)"""
     init_q: Literal["cql", "fqe"] = "cql"
     """critics that the online phase begins with: CQL's, or fresh ones that learnt the policy's value"""
-    fqe_steps: Size = 250_000
+    fqe_steps: Annotated[Size, With("init_q", "fqe")] = 250_000
     """gradient steps of fitted Q evaluation, for --init-q fqe"""
     learning_starts: Steps = 1_000
     """environment steps before the first gradient step of the online phase"""

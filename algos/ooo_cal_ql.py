@@ -29,7 +29,7 @@ from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
 from ooo_rl.data.returns import Returns, Rows, check_returns, with_returns, without_returns
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -51,23 +51,23 @@ class Hyper(Traced):
     """entropy that alpha aims at, per dimension of the action: -1 in the paper, -0.5 in jaxrl and RLPD"""
     cql_weight: NonNegative = 5.0
     """weight of the conservative loss beside the Bellman error; with --lagrange alpha' multiplies it"""
-    lagrange_gap: Number = 0.8
+    lagrange_gap: Annotated[Number, With("lagrange")] = 0.8
     """difference between the soft maximum and the data's Q at which --lagrange aims"""
     target_min: Number = -float("inf")
     """the explorer's target, less the bonus, is held at or above this"""
     target_max: Number = float("inf")
     """and at or below this"""
-    intrinsic_coef: Number = 0.5
+    intrinsic_coef: Annotated[Number, With("intrinsic")] = 0.5
     """c: weight of the exploration bonus"""
-    frozen_bonus_coef: Number = 10.0
+    frozen_bonus_coef: Annotated[Number, With("frozen_bonus")] = 10.0
     """weight of the bonus in retraining with --frozen-bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of the RND predictor"""
-    retrain_scale: NonNegative = 1.0
+    retrain_scale: Annotated[NonNegative, With("retrain_steps")] = 1.0
     """in retraining, scaled rewards are also multiplied by this"""
-    retrain_bias: Number = 0.0
+    retrain_bias: Annotated[Number, With("retrain_steps")] = 0.0
     """and this is added"""
-    upsample_from: Number = float("inf")
+    upsample_from: Annotated[Number, With("retrain_steps")] = float("inf")
     """task reward from which --upsample takes rows; the highest seen, if no row has as much"""
 
 
@@ -81,11 +81,11 @@ class Args(Experiment):
     """environment steps after which to retrain; empty: at the end"""
     intrinsic: Literal["rnd", "none"] = "rnd"
     """exploration bonus: random network distillation, or none"""
-    rnd_variant: Literal["paper", "code"] = "paper"
+    rnd_variant: Annotated[Literal["paper", "code"], With("intrinsic", "rnd")] = "paper"
     """paper: novelty of s, summed errors; code: of s', largest error, a last layer that begins small"""
     sync_explorer: bool = False
     """after each retraining the explorer goes on from the exploiter (the paper's Figure 14)"""
-    bound_q: bool = True
+    bound_q: Annotated[bool, With("retrain_steps")] = True
     """in retraining, hold Q inside what the data's rewards allow"""
     upsample: Fraction = 0.0
     """share of each retraining batch that is drawn from the rows of highest reward"""

@@ -31,7 +31,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -53,11 +53,11 @@ class Hyper(Traced):
     """expectile of the value regression: 0.5 is the mean, towards 1 the maximum over the data's actions"""
     temperature: NonNegative = 3.0
     """beta: how sharply the policy prefers advantageous actions; 0 is behaviour cloning"""
-    intrinsic_coef: Number = 0.5
+    intrinsic_coef: Annotated[Number, With("intrinsic")] = 0.5
     """c: weight of the exploration bonus"""
-    frozen_bonus_coef: Number = 10.0
+    frozen_bonus_coef: Annotated[Number, With("frozen_bonus")] = 10.0
     """weight of the bonus in retraining with --frozen-bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of the RND predictor"""
 
 
@@ -73,13 +73,13 @@ class Args(Experiment):
     """environment steps after which to retrain; empty: at the end"""
     intrinsic: Literal["rnd", "count", "none"] = "rnd"
     """exploration bonus: random network distillation, or by counting, 1 / sqrt(n(s, a) + 1) (2-D tasks)"""
-    count_bins: Annotated[tuple[int, int], Bounds(at_least=1)] = (100, 10)
+    count_bins: Annotated[tuple[int, int], Bounds(at_least=1), With("intrinsic", "count")] = (100, 10)
     """cells of the count bonus per axis of position and of action; the official code's are 100 and 10"""
-    rnd_variant: Literal["paper", "code"] = "paper"
+    rnd_variant: Annotated[Literal["paper", "code"], With("intrinsic", "rnd")] = "paper"
     """paper: novelty of s, two hidden layers, summed errors; code: of s', one hidden layer, largest error"""
     sync_explorer: bool = False
     """after each retraining the explorer goes on from the exploiter (the paper's Figure 14)"""
-    bound_q: bool = True
+    bound_q: Annotated[bool, With("retrain_steps")] = True
     """in retraining, hold Q inside what the data's rewards allow; never with --frozen-bonus"""
     upsample: Fraction = 0.0
     """share of each retraining batch that is drawn from the rows of highest reward"""
@@ -87,7 +87,7 @@ class Args(Experiment):
     """retrain with the explorer's bonus, frozen, added to the reward (the paper's Figure 3)"""
     warm_start: bool = False
     """retrain from the previous exploiter instead of from scratch (the paper's Figure 13)"""
-    return_range: NonNegative = 0.0
+    return_range: Annotated[NonNegative, With("dataset")] = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all networks"""
@@ -195,16 +195,16 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, bonus, q_b
     loss_v, value = agent.value.descend(value_loss, hyper.value_lr, nets, batch.obs, q, hyper.expectile)
 
     v, next_v = jnp.split(nets.value.apply(value.params, jnp.concatenate([batch.obs, batch.next_obs])), 2)
-    rows = nets, batch.obs, batch.action
-    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
+    adv, rows = q - v, (batch.obs, batch.action)
+    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, nets, *rows, adv, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
     target_q = jnp.clip(task_reward + hyper.discount * batch.discount * next_v, *q_bounds) + bonus
-    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, *rows, target_q)
+    loss_q, critic = agent.critic.descend(critic_loss, hyper.critic_lr, nets, *rows, target_q)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
     metrics = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q, "bonus": bonus.mean()}
-    return Agent(actor, critic, target_critic, value), {**metrics, "q": q.mean(), "adv": (q - v).mean()}
+    return Agent(actor, critic, target_critic, value), {**metrics, "q": q.mean(), "adv": adv.mean()}
 
 
 def act(nets: Nets, actor: dict, obs: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -35,7 +35,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -58,9 +58,9 @@ class Hyper(Traced):
     """entropy that alpha aims at, per dimension of the action: -1 in SAC's paper, -0.5 in jaxrl and RLPD"""
     backup_entropy: NonNegative = 1.0
     """weight of the entropy in the critics' target: 1 is SAC, 0 leaves it out (RLPD for goals)"""
-    intrinsic_coef: Number = 10.0
+    intrinsic_coef: Annotated[Number, With("intrinsic")] = 10.0
     """c: weight of the exploration bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of the RND predictor"""
 
 
@@ -86,9 +86,9 @@ class Args(Experiment):
     """critic steps per step of policy, alpha and RND, online; must divide num_envs * utd_ratio"""
     intrinsic: Literal["rnd", "none"] = "rnd"
     """exploration bonus: random network distillation, or none"""
-    rnd_variant: Literal["paper", "code"] = "paper"
+    rnd_variant: Annotated[Literal["paper", "code"], With("intrinsic", "rnd")] = "paper"
     """paper: novelty of s, two hidden layers, summed errors; code: of s', one hidden layer, largest error"""
-    rnd_units: Size = 512
+    rnd_units: Annotated[Size, With("intrinsic", "rnd")] = 512
     """units of RND's layers, its output included"""
     retrain_steps: Steps = 1_000_000
     """gradient steps of each retraining; 0: none"""
@@ -96,7 +96,7 @@ class Args(Experiment):
     """environment steps after which to retrain; empty: at the end"""
     retrainer: Literal["rlpd", "sac"] = "rlpd"
     """what is retrained: rlpd, critics like the explorer's; sac, two without LayerNorm (OOO's code)"""
-    bound_q: bool = True
+    bound_q: Annotated[bool, With("retrain_steps")] = True
     """in retraining, hold Q inside what the data's rewards allow"""
     frozen_bonus: bool = False
     """retrain with the explorer's bonus, c * novelty, frozen, added to the reward (the paper's Figure 3)"""

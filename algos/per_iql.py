@@ -33,7 +33,7 @@ from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
 from ooo_rl.data.n_step import Linked
 from ooo_rl.data.priorities import Priorities
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -77,7 +77,7 @@ class Args(Experiment):
     """steps of the returns that the critics learn online"""
     importance_steps: Steps = 0
     """environment steps in which beta gets to its last value; 0: all of the phase"""
-    return_range: NonNegative = 0.0
+    return_range: Annotated[NonNegative, With("dataset")] = 0.0
     """scale rewards so that the dataset's returns span this much (IQL: 1000 in locomotion); 0: do not"""
     hidden: Layers = (256, 256)
     """units of the hidden layers of all networks"""
@@ -198,17 +198,17 @@ def update(nets: Nets, hyper: Hyper, agent: Agent, batch: Transition, weight, ke
     loss_v, value = agent.value.descend(value_loss, hyper.value_lr, nets, batch.obs, q, hyper.expectile)
 
     v, next_v = jnp.split(nets.value.apply(value.params, jnp.concatenate([batch.obs, batch.next_obs])), 2)
-    rows = nets, batch.obs, batch.action
-    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, *rows, q - v, hyper.temperature, key)
+    adv, rows = q - v, (batch.obs, batch.action)
+    loss_a, actor = agent.actor.descend(actor_loss, hyper.actor_lr, nets, *rows, adv, hyper.temperature, key)
 
     task_reward = hyper.reward_scale * batch.reward + hyper.reward_bias
     target_q = task_reward + hyper.discount * batch.discount * next_v
-    given = *rows, target_q, weight
+    given = nets, *rows, target_q, weight
     (loss_q, error), critic = agent.critic.descend(critic_loss, hyper.critic_lr, *given, has_aux=True)
     target_critic = optax.incremental_update(critic.params, agent.target_critic, hyper.target_rate)
 
     metrics = {"value_loss": loss_v, "actor_loss": loss_a, "critic_loss": loss_q}
-    metrics |= {"q": q.mean(), "adv": (q - v).mean()}
+    metrics |= {"q": q.mean(), "adv": adv.mean()}
     return Agent(actor, critic, target_critic, value), error, metrics
 
 
@@ -250,18 +250,18 @@ def init_state(static: Static, offline: Transition | None, key: jax.Array) -> St
     return State(agent, tree, jnp.float32(1), env_state, ring, key)
 
 
-def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, done, *, length: int):
+def pretrain_chunk(static: Static, state: State, hyper: Hyper, offline: Transition, before, *, length: int):
     """`length` gradient steps on the offline rows, drawn alike, each of one step and of weight 1.
 
-    `done` [] of the phase come before.
+    `before` [] of the phase precede them.
     """
-    args, begun = static.args, state.agent.actor.opt.count - done  # --init-from brings steps along
+    args, inherited = static.args, state.agent.actor.opt.count - before  # steps of the --init-from run
     decays = args.actor_decay == "cosine" or (args.actor_decay == "auto" and not args.online_steps)
 
     def step(state):
         key, sample_key, update_key = jax.random.split(state.key, 3)
         index = jax.random.randint(sample_key, (args.batch_size,), 0, buffer.size(offline))
-        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - begun
+        batch, steps = buffer.take(offline, None, index), state.agent.actor.opt.count - inherited
         rate = 0.5 + 0.5 * jnp.cos(jnp.pi * steps / args.offline_steps) if decays else 1.0
         decayed = hyper.replace(actor_lr=rate * hyper.actor_lr)
         agent, _, metrics = update(static.nets, decayed, state.agent, batch, 1.0, update_key)

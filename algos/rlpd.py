@@ -40,7 +40,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Positive, Size, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, UsageError, launch
@@ -62,9 +62,9 @@ class Hyper(Traced):
     """entropy that alpha aims at, per dimension of the action: -1 in SAC's paper, -0.5 in jaxrl and RLPD"""
     backup_entropy: NonNegative = 1.0
     """weight of the entropy in the critics' target: 1 is SAC, 0 leaves it out (RLPD for goals)"""
-    intrinsic_coef: Number = 10.0
+    intrinsic_coef: Annotated[Number, With("intrinsic")] = 10.0
     """c: weight of the exploration bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of the RND predictor"""
 
 
@@ -88,9 +88,9 @@ class Args(Experiment):
     """critic steps per step of policy, alpha and RND, online; must divide num_envs * utd_ratio"""
     intrinsic: Literal["rnd", "none"] = "none"
     """exploration bonus: random network distillation, or none"""
-    rnd_variant: Literal["paper", "code"] = "paper"
+    rnd_variant: Annotated[Literal["paper", "code"], With("intrinsic", "rnd")] = "paper"
     """paper: novelty of s, two hidden layers, summed errors; code: of s', one hidden layer, largest error"""
-    rnd_units: Size = 512
+    rnd_units: Annotated[Size, With("intrinsic", "rnd")] = 512
     """units of RND's layers, its output included"""
     hidden: Layers = (256, 256)
     """units of the policy's hidden layers"""

@@ -37,7 +37,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, Moments, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Number, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -55,17 +55,17 @@ class Hyper(Traced):
     """share of the critics that goes into their targets at each update"""
     policy_every: Annotated[float, Bounds(at_least=1, whole=True)] = 2.0
     """gradient steps of the critics for each one of the policy and the targets; --variant code has 1"""
-    exploration_noise: NonNegative = 0.1
+    exploration_noise: Annotated[NonNegative, With("online_steps")] = 0.1
     """standard deviation of the noise added to actions online"""
     target_noise: NonNegative = 0.2
     """and of that added to the target policy's actions"""
     target_noise_clip: NonNegative = 0.5
     """bound of the latter noise"""
-    intrinsic_coef: Number = 0.5
+    intrinsic_coef: Annotated[Number, With("intrinsic")] = 0.5
     """c: weight of the exploration bonus"""
-    frozen_bonus_coef: Number = 10.0
+    frozen_bonus_coef: Annotated[Number, With("frozen_bonus")] = 10.0
     """weight of the bonus in retraining with --frozen-bonus"""
-    rnd_lr: NonNegative = 1e-4
+    rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4
     """learning rate of the RND predictor"""
 
 
@@ -89,9 +89,9 @@ class Args(Experiment):
     """environment steps after which to retrain; empty: at the end"""
     intrinsic: Literal["rnd", "none"] = "none"
     """exploration bonus: random network distillation (OOO's TD3 + RND), or none"""
-    rnd_variant: Literal["paper", "code"] = "paper"
+    rnd_variant: Annotated[Literal["paper", "code"], With("intrinsic", "rnd")] = "paper"
     """paper: novelty of s, two hidden layers, summed errors; code: of s', one hidden layer, largest error"""
-    bound_q: bool = False
+    bound_q: Annotated[bool, With("retrain_steps")] = False
     """in retraining, hold Q inside what the data's rewards allow"""
     upsample: Fraction = 0.0
     """share of each retraining batch that is drawn from the rows of highest reward"""

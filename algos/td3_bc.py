@@ -32,7 +32,7 @@ from ooo_rl import envs
 from ooo_rl.data import buffer, policy
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.learner import Learner, orthogonal
-from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps
+from ooo_rl.data.runs.bounds import Bounds, Fraction, Layers, NonNegative, Steps, With
 from ooo_rl.data.runs.online_change import online_hyper, online_ratio
 from ooo_rl.data.runs.session import Phase, Result, Session, Static, scan_mean, start_online
 from ooo_rl.data.runs.settings import Experiment, Traced, launch
@@ -52,7 +52,7 @@ class Hyper(Traced):
     """weight of Q, divided by its mean size, against cloning; 0 is behaviour cloning"""
     policy_every: Annotated[float, Bounds(at_least=1, whole=True)] = 2.0
     """gradient steps of the critics for each one of the policy and the targets"""
-    exploration_noise: NonNegative = 0.1
+    exploration_noise: Annotated[NonNegative, With("online_steps")] = 0.1
     """standard deviation of the noise added to actions online"""
     target_noise: NonNegative = 0.2
     """and of that added to the target policy's actions"""

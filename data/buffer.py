@@ -44,7 +44,8 @@ def insert(
     contiguous block for all seeds, in place. With one counter per seed it would become a scatter.
 
     Nothing may learn from a `broken` [n] row. The first sound row of the block replaces it. If all rows of
-    the block are broken, the row before the block replaces them.
+    the block are broken, the row before the block replaces them; the very first block has none, and then
+    rows of zeros that end an episode stand there.
     """
     capacity, n = size(ring), size(rows)
     if capacity % n:

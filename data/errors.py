@@ -1,8 +1,11 @@
 """Errors that a user can mend, and how a command ends with one of them."""
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -23,8 +26,27 @@ class Stopped(Exception):
         self.code = code
 
 
+interruptions: list[int] = []  # the signals of Ctrl-C that a command got
+
+
+def _interrupt(number: int, _: Any) -> None:
+    interruptions.append(number)
+    raise KeyboardInterrupt
+
+
+def check_interrupted() -> None:
+    """Raises KeyboardInterrupt if there was a Ctrl-C before, whose own one was swallowed.
+
+    JAX makes Python's garbage collector call it, and an exception in such a call goes no further.
+    """
+    if interruptions:
+        raise KeyboardInterrupt
+
+
 def guarded(main: Callable[[], None]) -> None:
     """Runs a command's `main`. An error that the user can mend becomes one line on stderr and exit code 2."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # an output that knows ASCII alone gets question marks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -65,8 +65,8 @@ def check_returns(session: Any) -> None:
 class Returns:
     """What a run knows of returns, beside those in its ring.
 
-    offline [N]: those of the offline rows. so_far [horizon, n]: what was paid since each row of the returns
-    under way in n environments. rows [n]: how many rows these have. least []: the least reward seen.
+    offline [N]: those of the offline rows. so_far [horizon, n]: discounted rewards since each row of the
+    running episodes of n environments. rows [n]: how many rows these have. least []: the least reward seen.
     """
 
     offline: jax.Array | None

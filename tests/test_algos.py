@@ -378,6 +378,9 @@ def actors_of(script, state):
     return agents | learners | alone
 
 
+ALIASES = {"policy": ("agent", "explorer"), "new": ("agent",)}  # a policy's file -> its part of a state
+
+
 def test_saved_policies_are_those_of_the_last_checkpoint(script, together):
     obs = np.random.default_rng(0).uniform(0, 1, (20, 6)).astype(np.float32)
     actors, folder = (
@@ -399,14 +402,21 @@ def test_saved_policies_are_those_of_the_last_checkpoint(script, together):
         for r, (seed, setting) in enumerate(LABELS):
             loaded = policy.load(folder / f"{name}_seed{seed}_{setting}.npz")
             ours = policy.act(loaded, obs)
-            theirs = [act(jax.tree.map(lambda x, r=r: x[r], actor)) for actor in actors.values()]
+            own = {part: jax.tree.map(lambda x, r=r: x[r], actor) for part, actor in actors.items()}
+            theirs = {part: act(actor) for part, actor in own.items()}
             if "jax_mean" in loaded:  # a policy that is composed of several: each action is one of theirs
-                nearest = np.min([np.abs(ours - action).max(axis=1) for action in theirs], axis=0)
+                nearest = np.min([np.abs(ours - action).max(axis=1) for action in theirs.values()], axis=0)
                 assert nearest.max() < 1e-5, name
-            else:
-                matches = [np.abs(ours - action).max() < 1e-5 for action in theirs]
-                alike = policy.is_discrete(loaded) and any(matches)  # policies may choose alike everywhere
-                assert sum(matches) == 1 or alike, f"{name}: {dict(zip(actors, matches))}"
+                continue
+            part = next(part for part in (name, *ALIASES.get(name, ())) if part in own)
+            assert np.abs(ours - theirs.pop(part)).max() < 1e-5, f"{name} is not {part}"
+            alike = [other for other, action in theirs.items() if np.abs(ours - action).max() < 1e-5]
+            assert not alike or policy.is_discrete(loaded), f"{name} is also {alike}"  # choices may be alike
+            if loaded.keys() & {"log_std", "wS"}:  # it has noise
+                key = jax.random.PRNGKey(r)
+                noise = np.asarray(jax.random.normal(key, ours.shape))
+                noisy = np.clip(script.act(nets, own[part], obs, key), -1, 1)
+                assert np.abs(policy.forward(loaded, obs, noise, np) - noisy).max() < 1e-5, name
 
 
 def values_of(folder, seed, setting):

@@ -104,7 +104,12 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--buffer-size 100", "--buffer-size 100 is not a multiple"),
         ("--num-envs 32 --utd-ratio 0.04", "1.28 gradient steps"),
         ("--num-envs 32 --utd-ratio 0.01", "at least 1"),
-        ("--sweep actr-lr=1", "'actr_lr' is not a traced setting; did you mean actor_lr"),
+        ("--sweep actr-lr=1", ": actr-lr is not a traced setting; did you mean actor-lr"),
+        (
+            "--sweep hidden=8",
+            ": hidden is fixed when the program compiles, so it cannot be swept; ",
+        ),
+        ("--sweep num-seeds=1,2", ": num-seeds is fixed when .*swept is discount, reward-scale, "),
         ("--sweep actor-lr=fast", "write NAME=NUMBER"),
         ("--sweep actor-lr", "write NAME=NUMBER"),
         ("--sweep actor-lr=1e-3 actor_lr=1e-4", "actor-lr is swept twice"),
@@ -372,7 +377,8 @@ def test_config_round_trip(module):
         module=module,
         families=module.FAMILIES,
     )
-    assert cli.from_json(module.Args, json.loads(json.dumps(cli.to_json(args)))) == args
+    text = json.dumps(cli.to_json(args), allow_nan=False)  # other languages' readers know no Infinity
+    assert cli.from_json(module.Args, json.loads(text)) == args
     with pytest.raises(UsageError, match=r"another script.*colour"):
         cli.from_json(module.Args, {**cli.to_json(args), "colour": 1})
 
@@ -472,7 +478,7 @@ def test_a_prefix_in_two_keys_of_a_table_has_the_settings_of_both():
 
 def test_return_range_scales_the_rewards_by_the_datas_returns():
     hyper, _ = grid(iql.Args(env="hopper", dataset="x"))
-    card = {"id": "x", "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]}
+    card = {"id": "x", "ordered": True, "return_quantiles": [200.0, 1000.0, 1500.0, 2000.0, 4200.0]}
 
     def scaled(data, size, init_from=""):
         args = SimpleNamespace(init_from=init_from)
@@ -488,6 +494,11 @@ def test_return_range_scales_the_rewards_by_the_datas_returns():
         scaled(None, 1000, "runs/x")
     card["return_quantiles"] = [5.0] * 5
     with pytest.raises(UsageError, match="every episode of x has the return 5"):
+        scaled("some", 1000)
+    card["ordered"] = False  # and the quantiles are of single rewards
+    with pytest.raises(
+        UsageError, match=r"--return-range 1000: the rows of x are in no order.* --reward-scale"
+    ):
         scaled("some", 1000)
 
 
@@ -582,6 +593,8 @@ def test_a_share_of_offline_rows_needs_offline_rows(ratio):
         assert cli.parse(td3.Args, flags).offline_ratio == float(ratio)
     assert cli.parse(td3.Args, ["--dataset", "own", "--offline-ratio", ratio]).offline_ratio == float(ratio)
     assert cli.parse(rlpd.Args, flags[:4]).offline_ratio == 0.5
+    with pytest.raises(UsageError, match=r"--offline-ratio 0\.001 of --batch-size 256 is no row; use 0"):
+        cli.parse(td3.Args, ["--dataset", "own", "--offline-ratio", "0.001"])
     with pytest.raises(UsageError, match=r"--offline-ratio 0\.25 needs --dataset"):
         cli.resolved(
             replace(rlpd.Args(), env="ant-sparse", offline_steps=0, offline_ratio=0.25)

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.figures import aggregates, curves, intervals, maps, style
 from ooo_rl.data.runs import report
-from ooo_rl.data.runs.session import Session
+from ooo_rl.data.runs.health import Health
 from ooo_rl.data.runs.sweep import RunLabel
 from ooo_rl.envs.point_mass_wall import PointMassWall
 
@@ -306,7 +306,7 @@ def test_a_dataset_that_another_run_wrote_is_not_taken_for_this_ones(tmp_path, m
     monkeypatch.setattr(report.write, "export_experience", lambda dataset, *_, **__: written.append(dataset))
     args = SimpleNamespace(export="ooo/x", resume="it", actions="continuous", num_envs=2)
     session = SimpleNamespace(
-        args=args, labels=[RunLabel(0, "")], failed={}, method="iql", task="it", action_size=2,
+        args=args, labels=[RunLabel(0, "")], health=SimpleNamespace(failed={}), method="iql", task="it", action_size=2,
         env=SimpleNamespace(horizon=4), folder=SimpleNamespace(path=tmp_path / "iql" / "hopper" / "mine"),
     )  # fmt: skip
     ring = Transition(*(np.zeros((1, 4, 2)) for _ in range(5)))
@@ -319,23 +319,26 @@ def test_a_dataset_that_another_run_wrote_is_not_taken_for_this_ones(tmp_path, m
 
 
 def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, drawn):
-    """`report` reads phase and step out of the words of `Session.find_broken`."""
+    """`report` reads phase and step out of the words of `Health.find_broken`."""
     labels = [RunLabel(seed, setting) for setting in ("discount=0.9", "discount=0.99") for seed in (3, 4)]
     session = SimpleNamespace(
-        folder=None, path=tmp_path, method="iql", task="it", labels=labels, num_runs=4,
-        args=SimpleNamespace(max_q=10.0), failed={}, phases={}, plan=[], env=None, data=None, largest_reward=[1.0] * 4,
-        discount=np.full(4, 0.9),
+        folder=None, path=tmp_path, method="iql", task="it", labels=labels, num_runs=4, phases={}, plan=[], env=None,
+        data=None, health=Health(labels, np.array([0.9, 0.9, 0.9, 1.0]), 50, 10.0),
     )  # fmt: skip
-    session.q_limit = lambda r: Session.q_limit(session, r)
-    assert session.q_limit(0) == pytest.approx(100.0)  # 10 times the largest reward, 1, over 1 - discount
+    health, hyper = session.health, SimpleNamespace(reward_scale=np.full(4, 0.5), reward_bias=np.zeros(4))
+    health.note_rewards(hyper, -2.0, 1.0)
+    health.note_ring(hyper, Transition(None, None, np.array([[0.0, -1.5]] * 4), None, None))
+    assert health.largest_reward == [1.0] * 4
+    assert health.q_limit(3) == pytest.approx(500.0)  # without discount: episodes of 50 steps
+    assert health.q_limit(0) == pytest.approx(100.0)  # 10 times the largest reward, 1, over 1 - discount
     chunk = SimpleNamespace(phase="retrained@160", start=100, length=100)
     metrics = {"q": np.array([5.0, -500.0, np.nan, 7.0]), "nonfinite_at": np.array([-1, -1, 20, -1])}
-    assert Session.find_broken(session, chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
+    assert health.find_broken(chunk, metrics, {"w": np.ones((4, 2))}) == [1, 2]
     explorer = {"w": np.array([[1.0], [1.0], [1.0], [np.inf]])}
     fine = metrics | {"q": np.zeros(4), "nonfinite_at": np.full(4, -1)}
-    assert Session.find_broken(session, chunk, fine, {"w": np.ones((4, 2))}, {"explorer": explorer}) == [3]
+    assert health.find_broken(chunk, fine, {"w": np.ones((4, 2))}, {"explorer": explorer}) == [3]
     assert (
-        session.failed.pop(3) == "retrained@160, step 200: not finite since step 200: parameter explorer['w']"
+        health.failed.pop(3) == "retrained@160, step 200: not finite since step 200: parameter explorer['w']"
     )
     assert report.stops(session) == {
         (4, "discount=0.9"): ("retrained@160", 200),
@@ -351,6 +354,23 @@ def test_a_run_draws_its_q_values_and_knows_which_seeds_were_stopped(tmp_path, d
         assert report.draw(session, None, 0, ()) == {}
         assert (session.folder.path / "figures" / "q.png").exists() == (name == "with")
     assert [len(crosses(ax)) for ax in drawn[0].axes] == [0, 2]
+
+
+def test_a_map_of_a_ring_that_forgot_says_so(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.maps, "figure_2d", lambda path, layout, panels: drawn.extend(panels))
+    rows = np.zeros((2, 8, 2), np.float32)
+    for task, wanted in (
+        (PointMassWall(), "of the last 8 of 20 online rows of 2 runs"),
+        (None, "the last 8 of 20"),
+    ):
+        layout = task.layout if task else {**PointMassWall().layout, "walls": []}
+        folder = SimpleNamespace(path=tmp_path, paths={})
+        session = SimpleNamespace(env=SimpleNamespace(layout=layout), folder=folder, labels=[0, 1])
+        for collected in (8, 20):
+            report._draw_maps(session, None, Transition(rows, None, None, rows, None), collected, ())
+            assert ("the last" in drawn[-1].note) == (collected == 20)
+        assert wanted in drawn[-1].note.replace("in the data and", "of")
 
 
 def test_each_run_has_a_shortest_path_of_its_own():

@@ -71,9 +71,9 @@ def trained(script, num_seeds, chunks=3):
         compiled(script.pretrain_chunk),
         compiled(script.explore_chunk if script is ooo_iql else script.finetune_chunk),
     )
-    done = (0,) if "done" in inspect.signature(script.pretrain_chunk).parameters else ()
+    before = (0,) if "before" in inspect.signature(script.pretrain_chunk).parameters else ()
     for _ in range(chunks):
-        state, _ = pretrain(state, hyper, offline, *done, length=5)
+        state, _ = pretrain(state, hyper, offline, *before, length=5)
     for i in range(chunks):
         state, _ = act(state, hyper, offline, 40 * i, length=10)
     if script is ooo_iql:

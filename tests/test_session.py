@@ -5,6 +5,7 @@ another run's agents.
 import contextlib
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,14 +19,17 @@ import numpy as np
 import pytest
 
 from ooo_rl import envs
-from ooo_rl.algos import cql, gde_iql, iql, ooo_iql, sac
+from ooo_rl.algos import bcq, cql, gde_iql, iql, ooo_iql, sac
+from ooo_rl.data import errors
 from ooo_rl.data.buffer import Transition
 from ooo_rl.data.errors import UsageError
 from ooo_rl.data.learner import Learner
 from ooo_rl.data.runs import report, settings
 from ooo_rl.data.runs import session as session_module
 from ooo_rl.data.runs.checkpoint import Checkpoints
+from ooo_rl.data.runs.health import Health
 from ooo_rl.data.runs.session import Session
+from ooo_rl.data.runs.sweep import RunLabel
 from ooo_rl.envs.base import Task
 
 SMALL = {
@@ -244,11 +248,11 @@ def test_what_learns_beside_an_agent_is_found_in_a_state():
 def test_after_each_chunk_they_are_looked_at_too():
     run, state = MagicMock(num_runs=1), gde_iql.State(*[None] * len(fields(gde_iql.State)))
     explorer = Learner.create({"w": jnp.ones(2)})
-    run.find_broken.side_effect = ZeroDivisionError  # all that comes after is not looked at here
+    run.health.find_broken.side_effect = ZeroDivisionError  # all that comes after is not looked at here
     chunk = SimpleNamespace(phase="online", start=0, length=8, acts=True, learns=True, agent="agent")
     with pytest.raises(ZeroDivisionError):
         Session._after(run, chunk, {"q": np.ones(1)}, state.replace(explorer=explorer), None)
-    assert run.find_broken.call_args.args[3] == {"explorer": explorer}
+    assert run.health.find_broken.call_args.args[3] == {"explorer": explorer}
 
 
 def test_a_report_needs_positions_alone_unless_it_exports():
@@ -295,6 +299,16 @@ def test_an_agent_that_no_phase_has_trained_is_not_saved(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         Session.conclude(run, SimpleNamespace(**agents, ring=None), None, policies)
     assert seen == ["explorer", "policy", "teacher"]
+
+
+def test_a_policy_of_several_parts_fits_whole_or_not_at_all(sources, tmp_path):
+    """BCQ's actor moves what its VAE proposes and its critic chooses."""
+    folder, _ = sources("bcq")
+    args = bcq.Args(**small(bcq, vae_hidden=(9, 9)), seed=3, init_from=str(folder), runs_dir=str(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"does not fit: vae \(of other shapes\); the kind of policy, the networks"
+    ):
+        opened(bcq, args)
 
 
 def test_init_from_says_where_other_data_scale_the_rewards(tmp_path):
@@ -366,3 +380,95 @@ def test_a_run_without_a_checkpoint_starts_from_the_other_one_again(sources, tmp
     jax.tree.map(
         np.testing.assert_array_equal, state.agent, jax.tree.map(lambda x: np.asarray(x)[1:], theirs.agent)
     )
+
+
+# --- stopping, and what is refused before anything compiles ---
+
+
+def test_a_task_whose_every_step_breaks_ends_the_run(capsys):
+    def after(lost, failed=()):
+        health = Health([RunLabel(0, ""), RunLabel(1, "")], np.full(2, 0.9), 100, 10.0)
+        health.failed = dict.fromkeys(failed, "why")
+        return health.count_broken_worlds("mine", 200, 64, np.array(lost))
+
+    assert after([0.0, 63.0]) == 63 and "63 worlds broke" in capsys.readouterr().err
+    assert after([64.0, 2.0], failed=[0]) == 2
+    for lost in ([64.0, 0.0], [0.0, 63.9999]):  # the mean of a chunk rounds
+        with pytest.raises(
+            UsageError, match=r"step 200: in each of the last 64 steps of mine reward or state"
+        ):
+            after(lost)
+
+
+def test_ctrl_c_that_was_swallowed_ends_the_run_before_its_first_chunk(monkeypatch, capsys):
+    """Python prints an exception of JAX's callback in its garbage collector, and goes on."""
+    monkeypatch.setattr(errors, "interruptions", [])
+    before, reached = signal.getsignal(signal.SIGINT), []
+
+    def main():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+        next(Session.chunks(SimpleNamespace()))
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            errors.guarded(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached and end.value.code == 130 and capsys.readouterr().err == "stopped: interrupted\n"
+
+
+def test_ctrl_c_while_the_report_is_written_says_how_to_go_on(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "save_policies", lambda *_: None)
+    run = SimpleNamespace(
+        untrained=set(), num_runs=1, path="runs/it", folder=MagicMock(), _report=interrupted,
+        _rows_of_report=lambda ring: ring,
+    )  # fmt: skip
+    with pytest.raises(errors.Stopped, match="before its report was written; --resume runs/it") as stop:
+        Session.conclude(run, SimpleNamespace(ring=None), None, {})
+    assert stop.value.code == 130 and run.folder.close.called
+
+
+def test_a_run_goes_on_in_its_own_script_alone(sources):
+    folder, _ = sources("iql")
+    with pytest.raises(UsageError, match=r"--resume .*: iql made that run, and this is cql"):
+        Session("cql", iql.Args(resume=str(folder)), iql.make_plan)
+    with pytest.raises(UsageError, match=r"or its run is not one of this script: iql made it"):
+        cql.Args(resume=str(folder))
+
+
+def test_what_a_run_starts_from_is_looked_at_before_anything_compiles(sources, tmp_path, monkeypatch):
+    folder, _ = sources("iql")
+    monkeypatch.setattr(Session, "compile", None)
+    begin = lambda **named: iql.train(iql.Args(**SMALL | named, runs_dir=str(tmp_path)))  # noqa: E731
+    with pytest.raises(UsageError, match="that run has the seeds 3 to 4, not 2"):
+        begin(init_from=str(folder), seed=2)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UsageError, match="there is no checkpoint yet"):
+        begin(init_from=str(tmp_path), seed=3)
+    monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"--track tensorboard: tensorboardX is not installed; pip install"):
+        begin(track="tensorboard")
+
+
+def test_settings_that_change_nothing_are_named(tmp_path, capsys):
+    def found(script, **named):
+        return {name: str(needed) for name, needed in settings.useless(script.Args(**named)).items()}
+
+    assert found(iql) == found(ooo_iql) == found(cql, lagrange=True, lagrange_gap=5.0) == {}
+    assert found(cql, lagrange_gap=5.0) == {"lagrange_gap": "--lagrange"}
+    assert found(ooo_iql, intrinsic="count", rnd_lr=1e-3) == {"rnd_lr": "--intrinsic rnd"}
+    assert found(ooo_iql, intrinsic="none", sweep=("intrinsic-coef=0.5,1",)) == {
+        "intrinsic_coef": "--intrinsic"
+    }
+    assert found(iql, dataset="none", offline_steps=0, clip_actions=True) == {"clip_actions": "--dataset"}
+    named = {**SMALL, "online_steps": 0, "exploration_spread": 5.0}
+    named.pop("utd_ratio")
+    assert found(iql, **named) == {"exploration_spread": "--online-steps"}
+    Session("iql", iql.Args(**named, runs_dir=str(tmp_path)), iql.make_plan)
+    assert "--exploration-spread changes nothing without --online-steps\n" in capsys.readouterr().out

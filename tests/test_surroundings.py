@@ -180,12 +180,17 @@ def test_values_that_the_rewards_allow_are_no_divergence(tmp_path, rows):
     )
     session, _ = opened(iql, args)
     horizon = session.env.horizon
-    np.testing.assert_allclose([session.q_limit(r) for r in range(3)], [1e7, 1e8, 1e6 * horizon], rtol=1e-4)
+    np.testing.assert_allclose(
+        [session.health.q_limit(r) for r in range(3)], [1e7, 1e8, 1e6 * horizon], rtol=1e-4
+    )
     chunk = session.plan[0]
     fine, huge = (np.float32([-1e4, -1e5, q]) for q in (-1e5, -2e6 * horizon))
-    assert session.find_broken(chunk, {"q": fine, "nonfinite_at": np.full(3, -1)}, {}) == []
-    assert session.find_broken(chunk, {"q": huge, "nonfinite_at": np.full(3, -1)}, {}) == [2]
-    assert "diverged" in session.failed[2] and "what rewards up to 1e+03 allow" in session.failed[2]
+    assert session.health.find_broken(chunk, {"q": fine, "nonfinite_at": np.full(3, -1)}, {}) == []
+    assert session.health.find_broken(chunk, {"q": huge, "nonfinite_at": np.full(3, -1)}, {}) == [2]
+    assert (
+        "diverged" in session.health.failed[2]
+        and "what rewards up to 1e+03 allow" in session.health.failed[2]
+    )
 
 
 def test_a_failing_evaluation_is_made_by_the_resumed_run(tmp_path, monkeypatch, capsys):
@@ -262,12 +267,15 @@ class Wandb:
     """In place of the package."""
 
     def __init__(self, error=None):
-        self.error, self.begun, self.logged = error, [], []
+        self.error, self.begun, self.axes, self.logged = error, [], [], []
 
     def init(self, **settings):
         if self.error:
             raise self.error
         self.begun.append(settings)
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
 
     def log(self, values):
         self.logged.append(values)
@@ -291,6 +299,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_record(tmp_path, monkeypatch):
     first, second = wandb.begun
     assert first["id"] and first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
     assert wandb.logged == [{"online/step": 40, "online/q/seed0": 2.0}]
+    assert wandb.axes == [("online/*", "online/step")]
 
 
 def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""Bounds that stand beside a setting, and their check.
+"""What stands beside a setting: its bounds, with their check, and the setting without which it does nothing.
 
-For example `expectile: Annotated[float, Bounds(above=0, below=1)] = 0.7`.
+For example `expectile: Annotated[float, Bounds(above=0, below=1)] = 0.7`, or
+`rnd_lr: Annotated[NonNegative, With("intrinsic", "rnd")] = 1e-4`.
 """
 
 import math
@@ -44,6 +45,21 @@ class Bounds:
         return ""
 
 
+@dataclass(frozen=True)
+class With:
+    """The setting with which alone this one acts: it must be `value`, or if that is empty, be on."""
+
+    setting: str
+    value: str = ""
+
+    def met_by(self, settings: dict[str, Any]) -> bool:
+        found = settings[self.setting]
+        return found == self.value if self.value else found not in (False, 0, "none", ())
+
+    def __str__(self) -> str:
+        return f"{flag(self.setting)} {self.value}".rstrip()
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
@@ -51,9 +67,18 @@ def flag(name: str) -> str:
 
 def bounds_of(kind: type) -> dict[str, Bounds]:
     """The bounds that the fields of the dataclass `kind` declare."""
+    return _declared(kind, Bounds)
+
+
+def needs_of(kind: type) -> dict[str, With]:
+    """What the fields of the dataclass `kind` declare that they act with alone."""
+    return _declared(kind, With)
+
+
+def _declared(kind: type, of: type) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     declared = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: part for name, parts in declared.items() for part in parts if isinstance(part, Bounds)}
+    return {name: part for name, parts in declared.items() for part in parts if isinstance(part, of)}
 
 
 def check_bounds(settings: Any) -> None:

@@ -90,13 +90,21 @@ def save_for_inspection(path: pathlib.Path, state: Any) -> None:
         checkpointer.save(path.absolute(), state, force=True)
 
 
+def check_agent(folder: str, labels: list[RunLabel]) -> None:
+    """Raises UsageError unless the run in `folder` has a checkpoint, and a row for each of our `labels`."""
+    flag = f"--init-from {folder}"
+    _rows(flag, read_config(folder, "--init-from")["settings"], labels)
+    _last(flag, folder)
+
+
 def load_agent(folder: str, labels: list[RunLabel], like: Any) -> tuple[Any, str]:
     """The agent that the run in `folder` trained last, as far as it fits `like`.
 
     `like` is an agent of this run; its arrays have a leading axis of runs. A part keeps its values where the
     other run has no part of that name and shape. Each run gets the agent of its own seed. Returns (the agent,
-    a sentence that says what was taken). Raises UsageError if the folder cannot be used or its actor does not
-    fit: a policy that begins anew acts at random, and soon spoils critics that go on.
+    a sentence that says what was taken). Raises UsageError if the folder cannot be used or its policy does
+    not fit: one that begins anew acts at random, and soon spoils critics that go on. The policy is the actor,
+    or the parts that the agent's class names in `policy`.
     """
     flag = f"--init-from {folder}"
     config = read_config(folder, "--init-from")
@@ -120,10 +128,10 @@ def load_agent(folder: str, labels: list[RunLabel], like: Any) -> tuple[Any, str
                 lambda path, _, arrays=arrays: np.asarray(arrays[_name(path)])[rows], ours
             )
             taken.append(field.name)
-    if "actor" not in taken:
+    if set(getattr(like, "policy", ("actor",))) - set(taken):
         raise UsageError(
             f"{flag}: the policy of its {name} does not fit: {', '.join(missing)}; the kind of policy, "
-            "--hidden and the task must be as in its config.json"
+            "the networks' sizes and the task must be as in its config.json"
         )
     rest = f"; begins anew: {', '.join(missing)}" if missing else ""
     said = f"from {folder} ({config['method']}'s {name}): {', '.join(taken)}{rest}"
@@ -135,11 +143,7 @@ def _restored(flag: str, folder: str) -> tuple[dict, dict]:
 
     As numpy arrays they fit any number of devices.
     """
-    path = pathlib.Path(folder).expanduser().absolute() / "checkpoints"
-    steps = [int(p.name) for p in path.glob("*") if p.name.isdigit()]
-    if not steps:
-        raise UsageError(f"{flag}: there is no checkpoint yet")
-    last = path / str(max(steps))
+    last = _last(flag, folder)
     try:
         trees = ocp.PyTreeCheckpointHandler(multiprocessing_options=_all())
         with ocp.Checkpointer(trees, multiprocessing_options=_all()) as checkpointer:
@@ -151,6 +155,15 @@ def _restored(flag: str, folder: str) -> tuple[dict, dict]:
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(f"{flag}: its checkpoint is damaged ({str(error).splitlines()[0][:200]})") from None
     return state, host
+
+
+def _last(flag: str, folder: str) -> pathlib.Path:
+    """The last checkpoint in `folder`."""
+    path = pathlib.Path(folder).expanduser().absolute() / "checkpoints"
+    steps = [int(p.name) for p in path.glob("*") if p.name.isdigit()]
+    if not steps:
+        raise UsageError(f"{flag}: there is no checkpoint yet")
+    return path / str(max(steps))
 
 
 def _rows(flag: str, settings: dict, labels: list[RunLabel]) -> np.ndarray:

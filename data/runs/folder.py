@@ -227,7 +227,7 @@ def _locked(path: pathlib.Path) -> Any:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes `content` to `path` whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

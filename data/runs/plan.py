@@ -84,22 +84,20 @@ def cut_phase(args: Any, phase: Phase) -> list[Chunk]:
     if end <= start:
         return []
     block = args.num_envs if phase.acts else 1
-    cuts, learning = {end: (True, True)}, math.ceil(phase.idle / block) * block
-    if start < learning < end:
-        cuts[learning] = (False, False)
     evaluate_every = args.eval_every or math.ceil((end - start) / 4)
-    for every, mark in (
-        (evaluate_every, (True, False)),
-        (args.checkpoint_every or evaluate_every, (False, True)),
-    ):
-        for step in range(every * (start // every + 1), end, every):
-            at = min(math.ceil(step / block) * block, end)
-            old = cuts.get(at, (False, False))
-            cuts[at] = (old[0] or mark[0], old[1] or mark[1])
-    edges = [start, *sorted(cuts)]
+
+    def due(every: int) -> set[int]:
+        """Steps after which something is due that comes `every` so many steps, and at the end."""
+        steps = range(every * (start // every + 1), end, every)
+        return {min(math.ceil(step / block) * block, end) for step in steps} | {end}
+
+    evaluations, saves = due(evaluate_every), due(args.checkpoint_every or evaluate_every)
+    learning = math.ceil(phase.idle / block) * block
+    begins = {learning} if start < learning < end else set()
+    edges = [start, *sorted(evaluations | saves | begins)]
     return [
         Chunk(
-            phase.name, a, b - a, *cuts[b], first=a == start, last=b == end,
+            phase.name, a, b - a, b in evaluations, b in saves, first=a == start, last=b == end,
             agent=phase.agent, acts=phase.acts,
             collected=a if phase.acts else phase.collected, iterations=(b - a) // block, learns=a >= learning,
         )

@@ -36,7 +36,7 @@ GPU_OPTIONS = {
 }
 
 RUNS, EVERYWHERE = PartitionSpec("runs"), PartitionSpec()
-SHARED = ("offline", "truncation", "added", "done")  # names of the arguments that are the same for all runs
+SHARED = ("offline", "truncation", "added", "before")  # names of the arguments that are the same for all runs
 
 
 def mesh_for(num_runs: int, devices: list | None = None) -> Mesh:

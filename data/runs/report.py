@@ -27,7 +27,7 @@ def save_policies(session: Any, export: Callable, actors: dict[str, Any]) -> Non
     """
     for name, parameters in jax.device_get(actors).items():
         for r, label in enumerate(session.labels):
-            if r in session.failed:
+            if r in session.health.failed:
                 continue
             own = export(jax.tree.map(lambda x, r=r: x[r], parameters))
             path = session.folder.path / "policies" / f"{name}_{_file_name(label)}.npz"
@@ -44,7 +44,7 @@ def export_experience(session: Any, ring: Transition | None, collected: int) -> 
         dataset = export_id(args, label)
         # By this run, just before it was interrupted? Its folder may be named from elsewhere now.
         written = args.resume and _tail(write.recipe_of(dataset) or "") == _tail(session.folder.path)
-        if r not in session.failed and not written:
+        if r not in session.health.failed and not written:
             rows = jax.tree.map(lambda x, r=r: x[r][:collected], ring)
             about = f"{session.method} exploring {session.task}"
             how = {"description": about, "recipe": str(session.folder.path)}
@@ -75,7 +75,7 @@ def draw(session: Any, ring: Transition | None, collected: int, stages: tuple[st
                 rows, folder / f"{metric}.png", metric=f"eval/{metric}", title=title, units=units
             )
     if any(row["metric"] == "q" for row in rows):
-        limit = max(map(session.q_limit, range(len(session.labels))))
+        limit = max(map(session.health.q_limit, range(len(session.labels))))
         curves.q_curves(rows, folder / "q.png", stops(session), limit, title, units)
     if not hasattr(session.env, "layout"):
         return {}
@@ -91,10 +91,10 @@ def _draw_maps(
 ) -> dict:
     """The map, and the diagram of `stages`; what they show in numbers."""
     layout, folder, panels = session.env.layout, session.folder.path / "figures", []
-    divided = (
-        len(layout["walls"]) == 1
-    )  # one wall: a path leads over or under it, and a grid search is fine enough
-    num_runs = len(session.labels)
+    # With one wall a path leads over or under it, and a grid search is fine enough.
+    divided = len(layout["walls"]) == 1
+    num_runs, kept = len(session.labels), 0 if online is None else online.obs.shape[1]
+    last = f"the last {kept:,} of " if kept < collected else ""  # a ring that is smaller forgets
     if offline is not None:
         note = f"{size(offline):,} rows"
         if divided:
@@ -108,9 +108,10 @@ def _draw_maps(
         best = min(found, key=lambda s: s.steps) if found else None
         sides = [s.side if s else "none" for s in shortest]
         counts = ", ".join(f"{side} {sides.count(side)}" for side in ("under", "over", "none"))
-        note = f"{collected:,} rows in each of {num_runs} runs"
+        note = f"{last}{collected:,} rows in each of {num_runs} runs"
         if divided:
-            note = f"shortest path in the data of {len(sides)} runs: {counts}"
+            of = f" and {last}{collected:,} online rows" if last else ""
+            note = f"shortest path in the data{of} of {len(sides)} runs: {counts}"
         visits = np.concatenate(list(online.obs[..., :2]))
         panels.append(
             maps.Panel("online visits", visits=visits, shortest=best.path if best else None, note=note)
@@ -135,8 +136,9 @@ def _draw_maps(
 
 
 def stops(session: Any) -> dict[tuple[int, str], tuple[str, int]]:
-    """(seed, setting) -> (phase, step) of the stopped runs, from the reasons in `session.failed`."""
-    where = {r: re.match(r"(.+), step (\d+): ", reason).groups() for r, reason in session.failed.items()}
+    """(seed, setting) -> (phase, step) of the stopped runs, from the reasons in `session.health.failed`."""
+    failed = session.health.failed
+    where = {r: re.match(r"(.+), step (\d+): ", reason).groups() for r, reason in failed.items()}
     return {tuple(session.labels[r]): (phase, int(step)) for r, (phase, step) in where.items()}
 
 
@@ -177,7 +179,7 @@ def results(session: Any, clock: dict[str, float], extra: dict) -> dict:
         "dataset": session.card["id"], "num_seeds": args.num_seeds,
         "seeds": [label.seed for label in session.labels],
         "phases": {**{chunk.phase: {} for chunk in session.plan}, **phases},
-        "failed": {str(r): text for r, text in session.failed.items()},
+        "failed": {str(r): text for r, text in session.health.failed.items()},
         "broken_worlds": int(clock["broken_worlds"]),
         "wall_seconds": clock["wall"],
         "seed_updates_per_second": clock["updates"] / max(clock["run"], 1e-9),

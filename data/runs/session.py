@@ -31,14 +31,14 @@ from ooo_rl.data.datasets import choices
 from ooo_rl.data.datasets.card import print_card
 from ooo_rl.data.datasets.scores import normalized_score
 from ooo_rl.data.datasets.validate import Dataset, check_fits
-from ooo_rl.data.errors import Stopped, UsageError
+from ooo_rl.data.errors import Stopped, UsageError, check_interrupted
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.learner import Learner
 from ooo_rl.data.modes import usual_promotion
 from ooo_rl.data.recipes import library
 from ooo_rl.data.runs import ends, memory, processes, report, worlds
 from ooo_rl.data.runs.bounds import flag
-from ooo_rl.data.runs.checkpoint import Checkpoints, load_agent, save_for_inspection
+from ooo_rl.data.runs.checkpoint import Checkpoints, check_agent, load_agent, save_for_inspection
 from ooo_rl.data.runs.evaluation import Evaluator, check_eval_env, check_q_bias
 from ooo_rl.data.runs.folder import (
     NoFolder,
@@ -51,12 +51,13 @@ from ooo_rl.data.runs.folder import (
     versions,
     write_json,
 )
+from ooo_rl.data.runs.health import Health
 from ooo_rl.data.runs.online_change import online_hyper
 from ooo_rl.data.runs.plan import Chunk, Phase, cut
 from ooo_rl.data.runs.program import EVERYWHERE, RUNS, Compiled, filled, mesh_for, place, real, scan_mean
-from ooo_rl.data.runs.settings import other_values, read_config, resolved, to_json
+from ooo_rl.data.runs.settings import other_values, read_config, resolved, to_json, useless
 from ooo_rl.data.runs.sweep import grid
-from ooo_rl.data.runs.tracking import Tracker, open_tracker
+from ooo_rl.data.runs.tracking import Tracker, check_tracker, open_tracker
 
 __all__ = ["Phase", "Result", "Session", "Static", "scan_mean", "start_online"]  # what scripts use
 
@@ -113,6 +114,9 @@ class Session:
             self.console = Console()
             self.task = task_of(self.args)
             hyper, self.labels = grid(self.args)
+            check_tracker(self.args.track)
+            if self.args.init_from and not self.args.resume:
+                check_agent(self.args.init_from, self.labels)
             phases = make_plan(self.args)
             self.plan, self.first_agent = cut(self.args, phases), phases[0].agent
             self.untrained = {phase.agent for phase in phases} - {chunk.agent for chunk in self.plan}
@@ -138,13 +142,9 @@ class Session:
         self.mesh = self._layout()
         if self.args.online_steps and getattr(self.env, "backend", "jax") != "jax":
             self.console.print(worlds.described(self.args, self.env, self.num_runs))
-        if self.args.online_steps and not any(chunk.learns for chunk in self.plan if chunk.acts):
-            name = "learning_starts" if hasattr(self.args, "learning_starts") else "random_steps"
-            self.console.print(
-                f"no gradient step online: the first one comes after {flag(name)} "
-                f"{getattr(self.args, name)}, and --online-steps is {self.args.online_steps}"
-            )
-        self.discount = np.asarray(hyper.discount)
+        self._say_what_is_idle()
+        horizon = getattr(self.env, "horizon", 1000)
+        self.health = Health(self.labels, np.asarray(hyper.discount), horizon, self.args.max_q)
         self.hyper = place(hyper, self.mesh, RUNS)
         self.offline = place(rows, self.mesh, EVERYWHERE)
         self.truncation = place(self.data and self.data.truncation, self.mesh, EVERYWHERE)
@@ -157,7 +157,6 @@ class Session:
         self.programs: list[Compiled] = []
         self.q_of: dict[str, Callable] = {}  # agent -> its Q-value, where a script has its own
         self.phases: dict[str, dict[str, list]] = {}  # phase -> measure -> [runs], the last evaluation
-        self.failed: dict[int, str] = {}  # run -> why it was stopped
         self.work = dict.fromkeys(("updates", "env_steps", "broken_worlds", "run", "online"), 0.0)
         self.before = dict.fromkeys(("wall", "compile", *self.work), 0.0)  # a resumption
         self.stopping: signal.Signals | None = None
@@ -167,9 +166,23 @@ class Session:
         """The folder to go on with, locked, or None; and the path of the folder, which process 0 chooses."""
         self.folder, self.path = None, pathlib.Path(self.args.resume).expanduser()
         if self.args.resume:
+            theirs = read_config(self.args.resume, "--resume").get("method", self.method)
+            if theirs != self.method:
+                raise UsageError(f"--resume {self.path}: {theirs} made that run, and this is {self.method}")
             self.folder = self._opened()
         elif processes.is_first():
             self.path = place_of(self.method, self.args)
+
+    def _say_what_is_idle(self) -> None:
+        """Names settings that change nothing, and says if the online phase does not learn."""
+        for name, needed in useless(self.args).items():
+            self.console.print(f"{flag(name)} changes nothing without {needed}", soft_wrap=True)
+        if self.args.online_steps and not any(chunk.learns for chunk in self.plan if chunk.acts):
+            name = "learning_starts" if hasattr(self.args, "learning_starts") else "random_steps"
+            self.console.print(
+                f"no gradient step online: the first one comes after {flag(name)} "
+                f"{getattr(self.args, name)}, and --online-steps is {self.args.online_steps}"
+            )
 
     def _opened(self) -> RunFolder:
         return (RunFolder if processes.is_first() else NoFolder)(self.path, self.labels)
@@ -214,6 +227,11 @@ class Session:
         """
         if not return_range or not _has_scale(self, f"--return-range {return_range:g}", ", or use 0"):
             return self.hyper
+        if not self.card["ordered"]:
+            raise UsageError(
+                f"--return-range {return_range:g}: the rows of {self.card['id']} are in no order, so "
+                "nobody knows the returns of episodes; use --return-range 0, and --reward-scale"
+            )
         worst, best = self.card["return_quantiles"][0], self.card["return_quantiles"][-1]
         if best <= worst:
             raise UsageError(
@@ -286,14 +304,14 @@ class Session:
         if not self.args.resume:
             processes.first_and_then_others(self._create)
         self.checkpoints = Checkpoints(self.path)
-        self.largest_reward = self._scaled(*self.card.get("reward_range", ()))  # [runs], seen so far
+        self.health.note_rewards(self.hyper, *self.card.get("reward_range", ()))
         with processes.together():
             found = self.checkpoints.restore(state, self.num_runs) if self.args.resume else None
         host: dict[str, Any] = {"position": 0, "metrics_bytes": None, "phases": {}}
         if found:
             state, host = self._placed(found[0]), found[1]
-            self.before, self.largest_reward = self.before | host["clock"], host["largest_reward"]
-            self.failed = {int(r): text for r, text in host["failed"].items()}
+            self.before, self.health.largest_reward = self.before | host["clock"], host["largest_reward"]
+            self.health.failed = {int(r): text for r, text in host["failed"].items()}
         elif self.args.resume and self.args.init_from:
             state = self._init_from(state, init)
         self.done, self.phases = host["position"], host["phases"]
@@ -343,6 +361,7 @@ class Session:
         After SIGTERM or SIGINT (Ctrl-C) the chunk ends, a checkpoint is saved and the run stops. A second
         SIGINT stops it at once.
         """
+        check_interrupted()
         bar = Progress(*COLUMNS, console=self.console, disable=not self.console.is_terminal)
         with contextlib.ExitStack() as self.held:
             self.held.enter_context(self._stopping_softly())
@@ -430,21 +449,20 @@ class Session:
             self._log(
                 chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
             )
-        self._note_rewards(state.ring)
-        if broken := self.find_broken(chunk, metrics, trained, _learners(state)):
+        self.health.note_ring(self.hyper, state.ring)
+        if broken := self.health.find_broken(chunk, metrics, trained, _learners(state)):
             # The run itself goes on.
             saved = _rows_of(broken, state, num_runs)
             with processes.together():
                 save_for_inspection(self.path / f"broken_{chunk.phase}_{step}", saved)
-            if len(self.failed) == num_runs:
+            if len(self.health.failed) == num_runs:
                 raise UsageError(
-                    f"every seed broke, the last in {self.failed[broken[-1]]}; lower the learning rates or "
-                    f"look into {self.path}"
+                    f"every seed broke, the last in {self.health.failed[broken[-1]]}; lower the learning "
+                    f"rates or look into {self.path}"
                 )
         if chunk.acts:
-            self._count_broken_worlds(
-                step, np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)
-            )
+            lost = np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)
+            self.work["broken_worlds"] += self.health.count_broken_worlds(self.task, step, chunk.length, lost)
         try:
             if chunk.evaluate and self.evaluate.possible:
                 self._evaluate(chunk, trained.actor.params if actor is None else actor, trained)
@@ -468,8 +486,8 @@ class Session:
         with processes.together():
             host = {
                 "position": self.position, "metrics_bytes": self.folder.synced(), "phases": self.phases,
-                "failed": {str(r): text for r, text in self.failed.items()}, "clock": self.clock(),
-                "agent": chunk.agent, "largest_reward": self.largest_reward,
+                "failed": {str(r): text for r, text in self.health.failed.items()}, "clock": self.clock(),
+                "agent": chunk.agent, "largest_reward": self.health.largest_reward,
                 "unevaluated": unevaluated,
             }  # fmt: skip
             self.checkpoints.save(self.position, state, host)
@@ -504,7 +522,7 @@ class Session:
         if score is not None:
             result["normalized_score"] = [finite_or_none(v) for v in np.atleast_1d(score)]
         for values in result.values():
-            values[:] = [None if r in self.failed else v for r, v in enumerate(values)]
+            values[:] = [None if r in self.health.failed else v for r, v in enumerate(values)]
         self.phases[chunk.phase] = result
         with processes.together():
             self._log(chunk.phase, step, {f"eval/{name}": numbers(values) for name, values in result.items()})
@@ -516,75 +534,6 @@ class Session:
         self.bar.update(self.row, note=note)
         if not self.console.is_terminal:
             print(f"{chunk.phase:>9} {step:>9,}  {note}", flush=True)
-
-    def _scaled(self, *rewards: Any) -> list[float]:
-        """The largest |scaled reward| of each run, [runs]; `rewards` are numbers or arrays [runs]."""
-        scale, bias = real((self.hyper.reward_scale, self.hyper.reward_bias), self.num_runs)
-        sizes = [np.abs(scale * np.asarray(r) + bias) for r in rewards]
-        return np.max([np.zeros(self.num_runs), *sizes], axis=0).tolist()
-
-    def _note_rewards(self, ring: Transition | None) -> None:
-        """Takes the rewards of the online rows into account; empty slots of the ring hold 0."""
-        if ring is not None:
-            extremes = real([ring.reward.min(axis=1), ring.reward.max(axis=1)], self.num_runs)
-            self.largest_reward = np.maximum(self.largest_reward, self._scaled(*extremes)).tolist()
-
-    def q_limit(self, r: int) -> float:
-        """The mean |Q-value| beyond which run `r` has diverged: --max-q times what rewards allow."""
-        discount = float(self.discount[r])
-        horizon = 1 / (1 - discount) if discount < 1 else getattr(self.env, "horizon", 1000)
-        return self.args.max_q * (self.largest_reward[r] or 1.0) * horizon
-
-    def find_broken(
-        self, chunk: Chunk, metrics: dict[str, Any], parameters: Any, others: dict[str, Any] | None = None
-    ) -> list[int]:
-        """Notes and returns the runs that broke in `chunk`.
-
-        A run breaks where a metric [runs] or a parameter [runs, ...] is not finite, or the metric "q" is
-        beyond `q_limit`. `others` maps names to more parameters that learn beside those of the agent.
-        """
-        bad = [[name for name, v in metrics.items() if not np.isfinite(v[r])] for r in range(self.num_runs)]
-        on_host = isinstance(next(iter(jax.tree.leaves(parameters)), None), np.ndarray)
-        for owner, tree in {"": parameters, **(others or {})}.items():
-            finite = real((_finite_leaves if on_host else _finite_on_device)(tree), self.num_runs)
-            for path, ok in jax.tree_util.tree_leaves_with_path(finite):
-                for r in np.flatnonzero(~ok):
-                    bad[r].append(f"parameter {owner}{jax.tree_util.keystr(path)}")
-        end = chunk.start + chunk.length
-        new = []
-        for r, names in enumerate(bad):
-            where, q = f"{chunk.phase}, step {end}", abs(float(metrics["q"][r])) if "q" in metrics else 0.0
-            if r in self.failed or not (names or q > self.q_limit(r)):
-                continue
-            if names:
-                first = int(metrics["nonfinite_at"][r])
-                since = f"step {end}" if first < 0 else f"iteration {first} after step {chunk.start}"
-                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-                self.failed[r] = f"{where}: not finite since {since}: {', '.join(names[:8])}{more}"
-            else:
-                reward, limit = self.largest_reward[r], self.q_limit(r)
-                self.failed[r] = (
-                    f"{where}: diverged, the mean Q-value is {metrics['q'][r]:.3g}, beyond {limit:.3g}, "
-                    f"which is --max-q {self.args.max_q:g} times what rewards up to {reward:.3g} allow"
-                )
-            label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
-            print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
-            new.append(r)
-        return new
-
-    def _count_broken_worlds(self, step: int, lost: np.ndarray) -> None:
-        """Adds up and reports the worlds [runs] whose physics became non-finite.
-
-        The worlds of a stopped run do not count, since its actions are not finite.
-        """
-        lost = sum(n for r, n in enumerate(lost) if r not in self.failed)
-        if lost:
-            self.work["broken_worlds"] += round(float(lost))
-            print(
-                f"online, step {step}: {lost:.0f} worlds broke and were started anew; "
-                "the broken steps are not stored",
-                file=sys.stderr,
-            )
 
     # --- the end ---
 
@@ -619,7 +568,11 @@ class Session:
         ring = real(self._rows_of_report(state.ring), self.num_runs)
         with processes.together():
             if processes.is_first():
-                self._report(ring, stages)
+                try:
+                    self._report(ring, stages)
+                except KeyboardInterrupt:
+                    self.folder.close()
+                    raise Stopped(f"before its report was written; --resume {self.path}", 130) from None
         processes.is_shown(self.path / "result.json")
         results = json.loads((self.path / "result.json").read_text())
         self.checkpoints.close()
@@ -727,13 +680,6 @@ def _learners(state: Any) -> dict[str, Learner]:
     """What learns in a state beside its agents, such as GDE's explorer; by name."""
     found = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: part for name, part in found.items() if isinstance(part, Learner)}
-
-
-def _finite_leaves(tree, of=np):
-    return jax.tree.map(lambda x: of.isfinite(x).reshape(x.shape[0], -1).all(axis=1), tree)
-
-
-_finite_on_device = jax.jit(partial(_finite_leaves, of=jnp))
 
 
 def _means(values: Any) -> list[float | None]:

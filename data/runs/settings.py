@@ -10,12 +10,13 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
@@ -38,8 +39,10 @@ from ooo_rl.data.runs.bounds import (
     Seed,
     Size,
     Steps,
+    With,
     check_bounds,
     flag,
+    needs_of,
 )
 from ooo_rl.data.runs.online_change import RATIO, check_online_change, online_hyper, targets
 from ooo_rl.data.runs.sweep import RunLabel, grid
@@ -137,7 +140,7 @@ class Experiment(metaclass=InForce):
     online_change: tuple[str, ...] = ()
     """settings that change as the online phase begins, traced ones and the share of offline rows, e.g.
     expectile=0.85 offline-ratio=0"""
-    online_change_over: Steps = 0
+    online_change_over: Annotated[Steps, With("online_change")] = 0
     """environment steps in which they get there, linearly; 0: at once"""
     max_q: Positive = 1000.0
     """a seed whose mean |Q-value| is beyond this many times the largest |reward| / (1 - discount) has
@@ -146,11 +149,11 @@ class Experiment(metaclass=InForce):
     dataset: str = "auto"
     """Minari id, or a .hdf5 or .npz file; none: no offline data; own: the one made for the environment; auto:
     own if there are offline steps, else none"""
-    clip_actions: bool = False
+    clip_actions: Annotated[bool, With("dataset")] = False
     """clip dataset actions that lie outside [-1, 1] instead of refusing them"""
-    action_low: Number = 0.0
+    action_low: Annotated[Number, With("dataset")] = 0.0
     """smallest action in the dataset's file, which becomes -1; 0 with --action-high 0: as the file says"""
-    action_high: Number = 0.0
+    action_high: Annotated[Number, With("dataset")] = 0.0
     """largest action in the dataset's file, which becomes 1"""
     export: str = ""
     """write each seed's online experience as the Minari dataset EXPORT-seed<k>-v0, e.g. ooo/my-run"""
@@ -162,9 +165,9 @@ class Experiment(metaclass=InForce):
     num_envs: Steps = 0
     """environments that act side by side, per seed; 0: 8, or more where MJX simulates them on a GPU, which
     steps 1,000 in the time of one"""
-    utd_ratio: Positive = 1.0
+    utd_ratio: Annotated[Positive, With("online_steps")] = 1.0
     """gradient steps per environment step; num_envs * utd_ratio follow each step of all environments"""
-    buffer_size: Steps = 0
+    buffer_size: Annotated[Steps, With("online_steps")] = 0
     """online rows kept, a multiple of num_envs; 0: all"""
     batch_size: Size = 256
     """rows of a batch"""
@@ -275,8 +278,13 @@ def resolved(args: Any) -> Any:
 
 def to_json(args: Any) -> dict:
     """The settings as plain dictionaries, for config.json."""
-    plain = lambda value: value.item() if isinstance(value, np.generic) else value  # noqa: E731
-    return dataclasses.asdict(args, dict_factory=lambda pairs: {name: plain(v) for name, v in pairs})
+    return dataclasses.asdict(args, dict_factory=lambda pairs: {name: _plain(v) for name, v in pairs})
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: infinity, for which JSON has no number, becomes "inf" or "-inf"."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def from_json(args_type: type, saved: dict) -> Any:
@@ -287,7 +295,16 @@ def from_json(args_type: type, saved: dict) -> Any:
             f"this run was made by another script or version: it has the settings "
             f"{', '.join(sorted(unknown))}"
         )
-    return args_type.exactly({**saved, "hyper": _hyper_type(args_type)(**saved["hyper"])})
+    hyper = _hyper_type(args_type)
+    own, traced = _numbers(args_type, saved), _numbers(hyper, saved["hyper"])
+    return args_type.exactly({**own, "hyper": hyper(**traced)})
+
+
+def _numbers(kind: type, saved: dict) -> dict:
+    """`saved` with "inf" and "-inf" read as numbers where the dataclass `kind` has a number."""
+    reals = {f.name for f in dataclasses.fields(kind) if isinstance(f.default, float)}
+    infinite = {name for name in reals & saved.keys() if saved[name] in ("inf", "-inf")}
+    return {**saved, **{name: float(saved[name]) for name in infinite}}
 
 
 def read_config(folder: str, what: str) -> dict:
@@ -311,13 +328,17 @@ def read_config(folder: str, what: str) -> dict:
 def _resumed(args_type: type, named: dict[str, Any]) -> Any:
     """The settings of the run in `named["resume"]`; a UsageError if `named` says otherwise anywhere."""
     folder = named["resume"]
+    config = read_config(folder, "--resume")
     try:
-        saved = from_json(args_type, read_config(folder, "--resume")["settings"])
+        saved = from_json(args_type, config["settings"])
         check_bounds(saved)
         check_bounds(saved.hyper)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--resume {folder}: its config.json is damaged ({error})") from None
-    ours, theirs = _flat(named), _flat(to_json(saved))
+    except (TypeError, ValueError, AttributeError, UsageError) as error:
+        raise UsageError(
+            f"--resume {folder}: its config.json is damaged, or its run is not one of this script: "
+            f"{config.get('method', 'another one')} made it ({error})"
+        ) from None
+    ours, theirs = _flat(named), _flat(dataclasses.asdict(saved))
     differing = [k for k in ours if ours[k] != theirs.get(k) and k != "resume"]
     if differing:
         pairs = ", ".join(f"{k} is {theirs.get(k)} there and {ours[k]} here" for k in differing)
@@ -374,8 +395,11 @@ def check(args: Any) -> None:
         )
     usual = _family(type(args), args.env, args.dataset, args.online_steps)
     ratio, own = (getattr(of, RATIO, 0) for of in (args, type(args)))
-    if args.dataset == "none" and ratio > 0 and ratio != usual.get(RATIO, own):
+    chosen = ratio > 0 and ratio != usual.get(RATIO, own)
+    if chosen and args.dataset == "none":
         raise UsageError(f"--offline-ratio {ratio:g} needs --dataset, and it is none; name one, or use 0")
+    if chosen and not round(ratio * args.batch_size):
+        raise UsageError(f"--offline-ratio {ratio:g} of --batch-size {args.batch_size} is no row; use 0")
     if args.dataset == "none" and (new := targets(args).get(RATIO, 0)) > 0:
         raise UsageError(f"--online-change offline-ratio={new:g} needs --dataset, and it is none; name one")
     if args.env == "none" and args.online_steps:
@@ -414,6 +438,16 @@ def check_retraining(args: Any) -> None:
         raise UsageError(f"--upsample {share:g} of --batch-size {args.batch_size} is no row; take 0 for none")
 
 
+def useless(args: Any) -> dict[str, With]:
+    """Settings that somebody chose and that change nothing, with what each of them needs to act."""
+    usual = type(args).exactly(_family(type(args), args.env, args.dataset, args.online_steps))
+    ours, usual = _flat(vars(args)), _flat(vars(usual))
+    needs = needs_of(type(args)) | needs_of(type(args.hyper))
+    swept = {word.partition("=")[0].replace("-", "_") for word in args.sweep}
+    chosen = (name for name in needs if ours[name] != usual[name] or name in swept)
+    return {name: needs[name] for name in chosen if not needs[name].met_by(ours)}
+
+
 def check_ranges(args: Any, hyper: Any) -> None:
     """Raises UsageError if a setting `x_min` is above `x_max` in a run of `hyper` [runs], early or late."""
     for now in (hyper, online_hyper(args, hyper, args.online_steps)):
@@ -435,7 +469,7 @@ def other_values(folder: str, ours: Any, card: dict) -> list[str]:
     These are settings, and where rewards are scaled by the data's, the data; `card` is of ours.
     """
     theirs, ours = _flat(read_config(folder, "--init-from")["settings"]), _flat(vars(ours))
-    pairs = ((name, theirs.get(name, other), ours.get(name, other)) for name, other in OF_VALUES.items())
+    pairs = ((n, float(theirs.get(n, other)), float(ours.get(n, other))) for n, other in OF_VALUES.items())
     found = [f"{flag(name)[2:]}={old:g}, here {new:g}" for name, old, new in pairs if old != new]
     their_card = json.loads((pathlib.Path(folder).expanduser() / "dataset.json").read_text())
     for name, of in {"return_range": "return_quantiles", "max_reward": "reward_range"}.items():

@@ -1,8 +1,10 @@
 """Metrics sent to TensorBoard or Weights & Biases as well."""
 
 import csv
+import importlib.util
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +22,16 @@ def open_tracker(args: Any, folder: pathlib.Path, labels: list[RunLabel], task: 
     """
     if args.track == "none":
         return lambda phase, step, metrics: None
-    try:
-        if args.track == "tensorboard":
-            return _tensorboard(folder, labels)
-        return _wandb(args, folder, labels, task, run_id)
-    except ImportError as error:
-        raise UsageError(
-            f"--track {args.track}: {error.name} is not installed; pip install '.[tracking]'"
-        ) from None
+    if args.track == "tensorboard":
+        return _tensorboard(folder, labels)
+    return _wandb(args, folder, labels, task, run_id)
+
+
+def check_tracker(track: str) -> None:
+    """Raises UsageError if the package of the tracker is not installed."""
+    package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(track)
+    if package and package not in sys.modules and not importlib.util.find_spec(package):
+        raise UsageError(f"--track {track}: {package} is not installed; pip install '.[tracking]'")
 
 
 def _tensorboard(folder: pathlib.Path, labels: list[RunLabel]) -> Tracker:
@@ -79,7 +83,12 @@ def _wandb(args: Any, folder: pathlib.Path, labels: list[RunLabel], task: str, r
             f"--track wandb: {reason}; log in by `wandb login`, or set WANDB_MODE=offline"
         ) from None
 
+    defined = set()
+
     def track(phase, step, metrics):
+        if phase not in defined:  # over the phase's own steps a chart shows no row twice after a resumption
+            defined.add(phase)
+            wandb.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
         values = {
             f"{phase}/{name}/seed{label.seed}{label.setting and ' ' + label.setting}": float(value)
             for name, column in metrics.items()

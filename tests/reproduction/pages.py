@@ -131,7 +131,8 @@ def claims_page(claims: list[Claim]) -> str:
 This page is written by `python tests/reproduction/claims.py`, from the records in `docs/results/`.
 Budgets and networks are a small share of the papers'. Tasks whose name ends in `-full` have the
 paper's own budget and networks, those in `-steps` its budget and small networks, and those in
-`-long` a larger share of it. Three seeds each, if [all runs](results/runs.md) does not say
+`-long` a larger share of it. `halfcheetah-official` begins with the agents of Off2OnRL's own code.
+Three seeds each, if [all runs](results/runs.md) does not say
 otherwise. Of a run that was cut off, the last evaluation counts; that page says which ones were.
 
 {counts(papers)}
