@@ -517,7 +517,7 @@ def train(args: Args) -> Result:
         elif chunk.phase == "online":
             state, metrics = explore(state, hyper, offline, chunk.collected, length=chunk.iterations)
         else:
-            if chunk.first and not args.warm_start:
+            if chunk.first and not args.warm_start:  # from scratch: the exploiter of a fresh state
                 state = state.replace(exploiter=start(only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
             if chunk.last and args.sync_explorer and chunk.collected < args.online_steps:

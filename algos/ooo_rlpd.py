@@ -518,7 +518,7 @@ def train(args: Args) -> Result:
             how = {"length": chunk.iterations, "learns": chunk.learns}
             state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
-            if chunk.first and not args.warm_start:
+            if chunk.first and not args.warm_start:  # from scratch: the exploiter of a fresh state
                 state = state.replace(exploiter=initialise(session.keys, only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
         session.after(chunk, metrics, state)

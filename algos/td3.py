@@ -455,7 +455,7 @@ def train(args: Args) -> Result:
             how = {"length": chunk.iterations, "learns": chunk.learns}
             state, metrics = explore(state, hyper, offline, chunk.collected, **how)
         else:
-            if chunk.first:
+            if chunk.first:  # from scratch: the exploiter of a fresh state
                 state = state.replace(exploiter=initialise(session.keys, only="exploiter"))
             state, metrics = retrain(state, hyper, offline, chunk.collected, length=chunk.iterations)
         session.after(chunk, metrics, state)

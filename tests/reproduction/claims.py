@@ -150,6 +150,9 @@ CLAIMS = [  # most worth per hour first
         f"off2onrl-{run}", {**ALL_BODIES, **CLOSER, **(OTHER_DATA if run in ("pre", "sac_ft") else {})},
         f"Off2OnRL, {place}", says,
         "off2onrl", ("off2onrl", "online"), (run, "offline" if run == "pre" else "online"))],
+    *on_all("off2onrl-two", {CHEETAH: SCORE},
+            "Off2OnRL, Figure 4d", "an ensemble of five ends above one of two",
+            "off2onrl", ("off2onrl", "online"), ("off2onrl_2", "online")),
     *[claim for run, name in {"awac": "AWAC", "bcq": "BCQ-ft"}.items() for claim in on_all(
         f"off2onrl-{run}", {**ALL_BODIES, **OTHER_DATA}, "Off2OnRL, Figure 3", f"Off2OnRL ends above {name}",
         "off2onrl", ("off2onrl", "online"), (run, "online"))],

@@ -157,6 +157,10 @@ OFF2ONRL = {
         "offline": "one CQL agent, offline"}),
     "off2onrl_1": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1", {
         "online": "Off2OnRL, one agent"}),
+    "pre_2": Run("off2onrl", "NETS CRITICS CQL DATA OFFLINE --online-steps 0 --num-members 2", {
+        "offline": "ensemble of 2, offline"}),
+    "off2onrl_2": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_2 --num-members 2", {
+        "online": "Off2OnRL, two agents"}),
     "sac_ft": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay uniform", {
         "online": "SAC-ft"}),
     "online_only_1": Run("off2onrl", "NETS CRITICS CQL DATA ONLINE AFTER_pre_1 --num-members 1 --replay online", {
