@@ -28,9 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-with contextlib.redirect_stdout(
-    io.StringIO()
-):  # its import prints that MJX's optional Warp engine is missing
+# brax's import prints that MJX's optional Warp engine is missing.
+with contextlib.redirect_stdout(io.StringIO()):
     from brax.envs.base import Env, State
 
 __all__ = [

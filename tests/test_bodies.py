@@ -159,9 +159,8 @@ def test_reset_to_puts_any_body_into_a_state():
         body = getattr(inner, "body", inner)
         qpos, qvel = (body.qpos, body.qvel) if hasattr(body, "qpos") else (inner[:2], inner[2:])
         again = jax.jit(env.reset_to)(qpos, qvel)
-        np.testing.assert_allclose(
-            again.obs, state.obs, atol=1e-6
-        )  # what a compiler may make of one sum in two programs
+        # A compiler may make two things of one sum in two programs.
+        np.testing.assert_allclose(again.obs, state.obs, atol=1e-6)
         assert jax.tree.structure(again) == jax.tree.structure(state)
     with pytest.raises(ValueError, match=r"needs qpos \(6,\) and qvel \(6,\)"):
         envs.make("hopper").reset_to(jnp.zeros(5), jnp.zeros(6))

@@ -138,9 +138,8 @@ def test_returns_are_written_when_an_episode_ends(mode, slots):
     raw = np.float32(rng.normal(size=(length, worlds)))
     where = lambda *kinds: np.float32(np.isin(np.array(ends).T, kinds))  # noqa: E731
     flags = {kind: where(kind) for kind in ("termination", "broken")}
-    flags["done"] = np.float32(
-        rng.uniform(size=(length, worlds)) < 0.5
-    )  # or the episode goes on (--end-reward)
+    # Where it is 0, the episode goes on (--end-reward).
+    flags["done"] = np.float32(rng.uniform(size=(length, worlds)) < 0.5)
     flags["truncation"] = where("truncation", "broken")
     raw -= 5 * flags["broken"]  # what a broken step is said to have earned must not count as the least reward
     hyper = cal_ql.Hyper(discount=gamma, reward_scale=2.0, reward_bias=-0.5)

@@ -269,9 +269,8 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_resumes(tmp_path
     while not any(int(p.name) > 2 for p in steps()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    size = (
-        1 if room == "none at all" else 40_000
-    )  # a limit on each file stands in for the disk's: such writes fail alike
+    # A limit on each file stands in for the disk's: such writes fail alike.
+    size = 1 if room == "none at all" else 40_000
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     _, err = process.communicate(timeout=120)
     # The checkpoint library's own threads may complain before and after our line, or leave one of theirs
@@ -596,6 +595,5 @@ def test_a_share_of_offline_rows_needs_offline_rows(ratio):
     with pytest.raises(UsageError, match=r"--offline-ratio 0\.001 of --batch-size 256 is no row; use 0"):
         cli.parse(td3.Args, ["--dataset", "own", "--offline-ratio", "0.001"])
     with pytest.raises(UsageError, match=r"--offline-ratio 0\.25 needs --dataset"):
-        cli.resolved(
-            replace(rlpd.Args(), env="ant-sparse", offline_steps=0, offline_ratio=0.25)
-        )  # from Python
+        # from Python
+        cli.resolved(replace(rlpd.Args(), env="ant-sparse", offline_steps=0, offline_ratio=0.25))

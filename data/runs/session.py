@@ -65,7 +65,7 @@ MEASURES = ("success", "return", "length")
 Q_MEASURES = ("predicted_q", "q_bias")  # with --q-bias
 HASHES = "sha256", "sha256_of_ends"  # of a dataset's card
 EVALUATION = 2**31  # makes the key of evaluations from a run's first key
-COLUMNS = (
+BAR_COLUMNS = (
     TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
     TimeRemainingColumn(),
 )  # fmt: skip
@@ -362,7 +362,7 @@ class Session:
         SIGINT stops it at once.
         """
         check_interrupted()
-        bar = Progress(*COLUMNS, console=self.console, disable=not self.console.is_terminal)
+        bar = Progress(*BAR_COLUMNS, console=self.console, disable=not self.console.is_terminal)
         with contextlib.ExitStack() as self.held:
             self.held.enter_context(self._stopping_softly())
             self.bar = self.held.enter_context(bar)
