@@ -21,7 +21,7 @@ import pages  # noqa: E402
 import records  # noqa: E402
 import shift  # noqa: E402
 import tables  # noqa: E402
-from comparisons import BUDGETS, COMPARISONS, sources, words_of  # noqa: E402
+from comparisons import BUDGETS, COMPARISONS, MADE_BY, sources, words_of  # noqa: E402
 
 from ooo_rl.data.learner import Learner, Moments  # noqa: E402
 from ooo_rl.data.runs import settings, worlds  # noqa: E402
@@ -73,7 +73,10 @@ def test_recorded_commands_are_those_of_the_comparisons():
     """Else a page names numbers that its command would no longer give, and a finished run is never run again."""
     for comparison, task in BUDGETS:
         for run in COMPARISONS[comparison]:
-            if record := records.read(comparison, task, run):
+            record, maker = records.read(comparison, task, run), MADE_BY.get((comparison, task, run))
+            if record and maker:
+                assert record["command"] == f"python {maker}"
+            elif record:
                 args = tables.Args(comparison, task, seeds=len(record["seeds"]))
                 script, *words = tables.command(args, run)
                 words = records._what(words, tables.folder_of(args, run))

@@ -295,6 +295,10 @@ BUDGETS["off2onrl", "halfcheetah-official"] = {
     **dict.fromkeys(("NETS", "CRITICS", "CQL"), ""),
     "VAE": "--vae-hidden 256 256",
 }
+MADE_BY = {  # runs that are no command of algos/: (comparison, task, run) -> what makes them
+    ("off2onrl", "halfcheetah-official", run): "tests/reproduction/official_agents.py --repo Off2OnRL"
+    for run in ("pre", "pre_1")
+}
 
 
 def words_of(comparison: str, task: str, run: str, folder_of) -> list[str]:

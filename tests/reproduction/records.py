@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import tables
+from comparisons import MADE_BY
 
 FOLDER = tables.REPO / "docs" / "results"
 MEASURES = "normalized_score", "solved", "success", "return", "length", "q_bias"
@@ -43,8 +44,9 @@ def keep(comparison: str, task: str, run: str, folder: pathlib.Path) -> None:
     curves = _curves(rows, {f"eval/{measure}" for measure in MEASURES})
     finished = folder / "result.json"
     result = json.loads(finished.read_text()) if finished.exists() else _cut_off(curves, config["settings"])
+    by_script = f"algos/{config['method']}.py {' '.join(_what(config['command'].split()[1:], folder))}"
     record = {
-        "command": f"python algos/{config['method']}.py {' '.join(_what(config['command'].split()[1:], folder))}",
+        "command": f"python {MADE_BY.get((comparison, task, run), by_script)}",
         "dataset": _data(folder), "seeds": result["seeds"], "failed": result["failed"],
         "versions": config["versions"], "devices": config["devices"], "git_commit": config["git_commit"],
         "wall_seconds": result["wall_seconds"],

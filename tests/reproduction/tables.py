@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import tyro
-from comparisons import BUDGETS, COMPARISONS, Run, sources, words_of
+from comparisons import BUDGETS, COMPARISONS, MADE_BY, Run, sources, words_of
 
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.figures import curves as drawn
@@ -99,6 +99,8 @@ def carry_out(args: Args, run: str) -> None:
     folder = folder_of(args, run)
     if (folder / "result.json").exists():
         return
+    if maker := MADE_BY.get((args.comparison, args.task, run)):
+        raise SystemExit(f"error: {name_of(args, run)} is not there; first python {maker}")
     for source in sources(args.comparison, run):
         carry_out(args, source)
     words = command(args, run)
@@ -135,6 +137,8 @@ def ways(crossings: list[dict] | None) -> str:
 
 def shown(args: Args, run: str) -> str:
     """The command of a run, as one types it; a change is said after it."""
+    if maker := MADE_BY.get((args.comparison, args.task, run)):
+        return f"python {maker}"
     script, *words = command(args, run)
     return " ".join(["python", f"algos/{pathlib.Path(script).name}", *words, *said(run_of(args, run))])
 
