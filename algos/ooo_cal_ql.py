@@ -67,7 +67,7 @@ class Hyper(Traced):
     """in retraining, scaled rewards are also multiplied by this"""
     retrain_bias: Annotated[Number, With("retrain_steps")] = 0.0
     """and this is added"""
-    upsample_from: Annotated[Number, With("retrain_steps")] = float("inf")
+    upsample_from: Annotated[Number, With("upsample")] = float("inf")
     """task reward from which --upsample takes rows; the highest seen, if no row has as much"""
 
 

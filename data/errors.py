@@ -45,7 +45,8 @@ def check_interrupted() -> None:
 
 def guarded(main: Callable[[], None]) -> None:
     """Runs a command's `main`. An error that the user can mend becomes one line on stderr and exit code 2."""
-    if threading.current_thread() is threading.main_thread():
+    own = threading.current_thread() is threading.main_thread()
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's `&` ignores it
         signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # an output that knows ASCII alone gets question marks
         if hasattr(stream, "reconfigure"):

@@ -1,7 +1,7 @@
 """A user's own environment: imported, built, and tried once before a run begins.
 
 Whatever is wrong with it becomes one ValueError, which says where, what was found and what was expected. The
-trial traces shapes alone (`jax.eval_shape`): nothing is compiled.
+trial traces shapes alone (`jax.eval_shape`) and compiles nothing, unless a size calls `reset`, as brax's do.
 """
 
 import contextlib
@@ -96,6 +96,8 @@ def _not_found(module: str, error: ModuleNotFoundError) -> str:
     if f"{module}.".startswith(f"{error.name}."):
         advice = _hidden(module) or "write --env my_module:MyTask"
         return f"cannot import {module!r} from the working directory ({error}); {advice}"
+    if not error.name:  # raised by hand
+        return _failure(f"the module {module!r}", error, module)
     frames = traceback.extract_tb(error.__traceback__)
     last = [frame for frame in frames if "importlib" not in frame.filename][-1]
     return f"{_line(last.filename, last.lineno)}, imports {error.name}, which is not installed"
@@ -186,20 +188,31 @@ def _check_scalar(where: str, name: str, number: Any) -> None:
 
 
 def _check_same(where: str, start: str, old: Any, new: Any) -> None:
-    """A state must keep its structure, shapes and dtypes, or no `lax.scan` could carry it."""
+    """A state must keep its structure, shapes and dtypes, or no `lax.scan` could carry it.
+
+    A narrower dtype is fine: where an episode begins anew, both are joined, and become the wider one.
+    """
     before, after = _leaves(old), _leaves(new)
     for name in {**before, **after}:
-        was, becomes = before.get(name, "nothing"), after.get(name, "nothing")
-        if was != becomes:
+        was, becomes = before.get(name), after.get(name)
+        alike = None not in (was, becomes) and was.shape == becomes.shape
+        if not alike or not _holds(was.dtype, becomes.dtype):
+            was, becomes = ("nothing" if leaf is None else _shown(leaf) for leaf in (was, becomes))
             raise ValueError(f"{where} returns {becomes} as {name}, and {start} {was}; they must agree")
     if (was := jax.tree.structure(old)) != (becomes := jax.tree.structure(new)):
         raise ValueError(f"{where} returns a state of {becomes}, and {start} of {was}; they must agree")
 
 
-def _leaves(state: Any) -> dict[str, str]:
-    """The arrays of a state, by name, as they are shown."""
+def _holds(wide: Any, dtype: Any) -> bool:
+    """Whether `dtype` joined with `wide` becomes `wide`; random keys can be joined with nothing else."""
+    keys = any(jnp.issubdtype(each, jax.dtypes.extended) for each in (wide, dtype))
+    return dtype == wide if keys else jnp.promote_types(wide, dtype) == wide
+
+
+def _leaves(state: Any) -> dict[str, Any]:
+    """The arrays of a state, by name."""
     paths = jax.tree_util.tree_leaves_with_path(state)
-    return {f"state{jax.tree_util.keystr(path)}": _shown(leaf) for path, leaf in paths}
+    return {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in paths}
 
 
 def _traced(env: Any, method: str, *args: Any) -> Any:
@@ -254,6 +267,7 @@ def _place(error: Exception, of: Any) -> str:
     """The last line of the user's own package that failed; else the line where `of` is defined."""
     if isinstance(error, SyntaxError) and error.filename:
         return _line(error.filename, error.lineno)
+    of = getattr(of, "func", of)  # of a functools.partial
     package = (of if isinstance(of, str) else of.__module__).partition(".")[0]
     for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
         if str(frame.f_globals.get("__name__")).partition(".")[0] == package:

@@ -385,25 +385,28 @@ def test_a_run_without_a_checkpoint_starts_from_the_other_one_again(sources, tmp
 # --- stopping, and what is refused before anything compiles ---
 
 
-def test_a_task_whose_every_step_breaks_ends_the_run(capsys):
-    def after(lost, failed=()):
-        health = Health([RunLabel(0, ""), RunLabel(1, "")], np.full(2, 0.9), 100, 10.0)
-        health.failed = dict.fromkeys(failed, "why")
-        return health.count_broken_worlds("mine", 200, 64, np.array(lost))
+def test_a_run_whose_every_step_breaks_is_stopped(capsys):
+    """For as long as an episode; single steps may break, and a run that has stopped does not count."""
+    health = Health([RunLabel(k, "") for k in range(3)], np.full(3, 0.9), 100, 10.0)
+    health.failed = {2: "why"}
 
-    assert after([0.0, 63.0]) == 63 and "63 worlds broke" in capsys.readouterr().err
-    assert after([64.0, 2.0], failed=[0]) == 2
-    for lost in ([64.0, 0.0], [0.0, 63.9999]):  # the mean of a chunk rounds
-        with pytest.raises(
-            UsageError, match=r"step 200: in each of the last 64 steps of mine reward or state"
-        ):
-            after(lost)
+    def after(start, length, lost):
+        chunk = SimpleNamespace(phase="online", start=start, length=length)
+        return health.count_broken_worlds(chunk, np.array(lost)), health.find_lost(chunk, np.array(lost))
+
+    assert after(0, 64, [64.0, 63.0, 64.0]) == (127, [])
+    assert "online, step 64: 127 worlds broke" in capsys.readouterr().err
+    assert after(64, 1, [1.0, 1.0, 0.0]) == (2, [])
+    assert after(65, 64, [63.9999, 64.0, 0.0])[1] == [0]  # the mean of a chunk rounds
+    said = "online, step 129: in each of the last 129 steps reward, state or action was not finite; look at"
+    assert said in health.failed[0] and f"seed 0 stopped in {said}" in capsys.readouterr().err
+    assert after(129, 64, [64.0, 64.0, 0.0])[1] == [1]  # 1 + 64 + 64 steps
 
 
 def test_ctrl_c_that_was_swallowed_ends_the_run_before_its_first_chunk(monkeypatch, capsys):
     """Python prints an exception of JAX's callback in its garbage collector, and goes on."""
     monkeypatch.setattr(errors, "interruptions", [])
-    before, reached = signal.getsignal(signal.SIGINT), []
+    before, reached = signal.signal(signal.SIGINT, signal.default_int_handler), []
 
     def main():
         with contextlib.suppress(KeyboardInterrupt):
@@ -437,7 +440,7 @@ def test_a_run_goes_on_in_its_own_script_alone(sources):
     folder, _ = sources("iql")
     with pytest.raises(UsageError, match=r"--resume .*: iql made that run, and this is cql"):
         Session("cql", iql.Args(resume=str(folder)), iql.make_plan)
-    with pytest.raises(UsageError, match=r"or its run is not one of this script: iql made it"):
+    with pytest.raises(UsageError, match=r"it is a run of iql, and this is cql"):
         cql.Args(resume=str(folder))
 
 
@@ -450,8 +453,7 @@ def test_what_a_run_starts_from_is_looked_at_before_anything_compiles(sources, t
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UsageError, match="there is no checkpoint yet"):
         begin(init_from=str(tmp_path), seed=3)
-    monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # so that an import fails
     with pytest.raises(UsageError, match=r"--track tensorboard: tensorboardX is not installed; pip install"):
         begin(track="tensorboard")
 

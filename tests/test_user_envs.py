@@ -1,5 +1,6 @@
 """A user's own environment is tried before a run: each mistake is one line that says where it is and what it is."""
 
+import functools
 import pathlib
 import re
 import sys
@@ -80,6 +81,7 @@ FINE = [
     "def advance(self, p, a): return p, 1.0, False, True",
     "def advance(self, p, a): return [p, 1, np.bool_(False), 0]",
     "def advance(self, p, a): return jax.lax.cond(a[0] > 0, lambda: p, lambda: -p), a[0], NO, NO",
+    "def advance(self, p, a): return p > 0, jnp.int32(1), NO, NO",
     "def __init__(self): self.observe = lambda p: p",
     "def start(self, key): return {'p': jnp.zeros(1), 'key': jax.random.key(0)}\n"
     "    def advance(self, s, a): return {**s, 'p': s['p'] + a}, a[0], NO, NO\n"
@@ -126,8 +128,8 @@ WRONG = [  # what a task has instead, from line 27 of own.py on; what is said
     ("def advance(self, p, a): return p, a[0], NO, a > 0", "Mine.advance returns bool[1] as the success; expected one"),
     ("def advance(self, p, a): return p, None, NO, NO", "Mine.advance returns None as the reward; expected one number"),
     (
-        "def advance(self, p, a): return p.astype(jnp.float16), a[0], NO, NO",
-        "Mine.advance returns float16[1] as state, and start float32[1]; they must agree",
+        "def start(self, key): return jnp.zeros(1, int)\n    def advance(self, p, a): return p + a, a[0], NO, NO",
+        "Mine.advance returns float32[1] as state, and start int32[1]; they must agree",
     ),
     ("def advance(self, p, a): return p[0], a[0], NO, NO", "Mine.advance returns float32[] as state, and start floa"),
     (
@@ -180,7 +182,7 @@ WRONG_STATES = [
     (f"{STEP}(info=None)", "Mine.step returns a state whose info lacks 'termination'"),
     (f"{RESET}(metrics={{}})", "Mine.reset returns a state whose metrics lacks 'success' (1 where the task is solved"),
     (f"{STEP}(info={{**state.info, 'broken': action}})", "Mine.step returns float32[1] as the info['broken']; ex"),
-    (f"{STEP}(done=jnp.bool_(False))", "Mine.step returns bool[] as state.done, and reset float32[]; they must agree"),
+    (f"{STEP}(reward=jnp.complex64(0))", "Mine.step returns complex64[] as state.reward, and reset float32[]; they m"),
     (f"{STEP}(info={{**state.info, 'k': 1.0}})", "Mine.step returns float32[] as state.info['k'], and reset nothing; "),
     ("def reset(self, rng): return jnp.zeros(1), {}", "Mine.reset returns a tuple; expected an envs.State with obs, r"),
     ("def step(self, state, action):\n        return state if action[0] > 0 else state", f"Mine.step {VALUES}"),
@@ -203,6 +205,12 @@ def test_a_registered_environment_is_tried_too(write):
     write(variant("observation_size = 3"))
     envs.register("mine", lambda: users.imported("own:Mine")())
     assert "Mine.observe returns float32[1] as the observation; expected an array [3]" in refusal("mine")
+
+
+def test_a_registered_partial_is_named_by_its_file(write):
+    write("def make(size):\n    raise RuntimeError('no')")
+    envs.register("mine", functools.partial(users.imported("own:make"), size=3))
+    assert "raises RuntimeError: no (own.py, line 2)" in refusal("mine")
 
 
 def test_a_trial_is_made_once(write, monkeypatch):
@@ -239,6 +247,7 @@ def test_promotion_is_as_in_a_run(write):
             "own.py, line 2, imports not_there, which is not installed",
         ),
         ("\nimport own_helper", "own_helper.py, line 3, imports not_there_xyz, which is not installed"),
+        ("raise ModuleNotFoundError('pip install it')", "ModuleNotFoundError: pip install it (own.py, line 1)"),
         ("def Mine(size): pass", "Mine() raises TypeError: Mine() missing 1 required positional argument: 'size' (own"),
         ("def Mine():\n    return [][1]", "Mine() raises IndexError: list index out of range (own.py, line 2)"),
         ("class Mine:\n    def __init__(self, size): pass", "argument: 'size' (own.py, line 1)"),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ooo_rl.data.buffer import Transition
-from ooo_rl.data.errors import UsageError
 from ooo_rl.data.runs.plan import Chunk
 from ooo_rl.data.runs.program import real
 from ooo_rl.data.runs.sweep import RunLabel
@@ -24,6 +23,7 @@ class Health:
     def __init__(self, labels: list[RunLabel], discount: np.ndarray, horizon: int, max_q: float):
         """`discount` [runs]; without discount a return is as long as an episode, `horizon`."""
         self.labels, self.max_q = labels, max_q
+        self.horizon, self.lost_steps = horizon, [0] * len(labels)
         lengths = 1 / np.where(discount < 1, 1 - discount, 1 / horizon)
         self.lengths = np.asarray(lengths, np.float64)  # [runs], of what a Q-value adds up
         self.failed: dict[int, str] = {}
@@ -65,12 +65,9 @@ class Health:
             q = abs(float(metrics["q"][r])) if "q" in metrics else 0.0
             if r in self.failed or not (names or q > self.q_limit(r)):
                 continue
-            end = chunk.start + chunk.length
             since = metrics["nonfinite_at"][r]
             why = self._not_finite(names, chunk, since) if names else self._diverged(r, metrics)
-            self.failed[r] = f"{chunk.phase}, step {end}: {why}"
-            label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
-            print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
+            self._stop(r, chunk, why)
             new.append(r)
         return new
 
@@ -92,26 +89,35 @@ class Health:
             f"--max-q {self.max_q:g} times what rewards up to {self.largest_reward[r]:.3g} allow"
         )
 
-    def count_broken_worlds(self, task: str, step: int, steps: int, lost: np.ndarray) -> int:
-        """Reports and adds up the worlds [runs] that became non-finite in the last `steps` of each run.
+    def find_lost(self, chunk: Chunk, lost: np.ndarray) -> list[int]:
+        """Notes and returns the runs with nothing to learn from: in an episode's time, all their steps broke.
 
-        The worlds of a stopped run do not count, since its actions are not finite. Raises UsageError if no
-        step of a run is left: there is nothing to learn from.
+        `lost` [runs] is how many worlds broke in `chunk`, whose steps count those of all worlds.
         """
-        of_run = {r: n for r, n in enumerate(lost) if r not in self.failed}
-        if max(of_run.values(), default=0) > steps - 0.5:
-            raise UsageError(
-                f"online, step {step}: in each of the last {steps} steps of {task} reward or state was not "
-                "finite, though the actions were; look at what the environment's step gives"
-            )
-        total = sum(of_run.values())
+        new = []
+        for r, count in enumerate(lost):
+            self.lost_steps[r] = self.lost_steps[r] + chunk.length if count > chunk.length - 0.5 else 0
+            if self.lost_steps[r] >= self.horizon and r not in self.failed:
+                why = f"in each of the last {self.lost_steps[r]} steps reward, state or action was not finite"
+                self._stop(r, chunk, f"{why}; look at what the environment's step gives")
+                new.append(r)
+        return new
+
+    def count_broken_worlds(self, chunk: Chunk, lost: np.ndarray) -> int:
+        """Reports and adds up the worlds [runs] that became non-finite in `chunk`.
+
+        The worlds of a stopped run do not count, since its actions are not finite.
+        """
+        total = sum(count for r, count in enumerate(lost) if r not in self.failed)
         if total:
-            print(
-                f"online, step {step}: {total:.0f} worlds broke and were started anew; the broken steps are "
-                "not stored",
-                file=sys.stderr,
-            )
+            where, said = f"{chunk.phase}, step {chunk.start + chunk.length}", "broke and were started anew"
+            print(f"{where}: {total:.0f} worlds {said}; the broken steps are not stored", file=sys.stderr)
         return round(float(total))
+
+    def _stop(self, r: int, chunk: Chunk, why: str) -> None:
+        self.failed[r] = f"{chunk.phase}, step {chunk.start + chunk.length}: {why}"
+        label = f"seed {self.labels[r].seed} {self.labels[r].setting}".strip()
+        print(f"{label} stopped in {self.failed[r]}", file=sys.stderr, flush=True)
 
 
 def _finite_leaves(tree: Any, xp: Any = np) -> Any:

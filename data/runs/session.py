@@ -450,7 +450,12 @@ class Session:
                 chunk.phase, step, {name: value for name, value in metrics.items() if name != "nonfinite_at"}
             )
         self.health.note_ring(self.hyper, state.ring)
-        if broken := self.health.find_broken(chunk, metrics, trained, _learners(state)):
+        broken = self.health.find_broken(chunk, metrics, trained, _learners(state))
+        if chunk.acts:
+            lost = np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)
+            self.work["broken_worlds"] += self.health.count_broken_worlds(chunk, lost)
+            broken += self.health.find_lost(chunk, lost)
+        if broken:
             # The run itself goes on.
             saved = _rows_of(broken, state, num_runs)
             with processes.together():
@@ -460,9 +465,6 @@ class Session:
                     f"every seed broke, the last in {self.health.failed[broken[-1]]}; lower the learning "
                     f"rates or look into {self.path}"
                 )
-        if chunk.acts:
-            lost = np.asarray(metrics["broken_worlds"]) * (chunk.length / self.args.num_envs)
-            self.work["broken_worlds"] += self.health.count_broken_worlds(self.task, step, chunk.length, lost)
         try:
             if chunk.evaluate and self.evaluate.possible:
                 self._evaluate(chunk, trained.actor.params if actor is None else actor, trained)

@@ -334,10 +334,10 @@ def _resumed(args_type: type, named: dict[str, Any]) -> Any:
         check_bounds(saved)
         check_bounds(saved.hyper)
     except (TypeError, ValueError, AttributeError, UsageError) as error:
-        raise UsageError(
-            f"--resume {folder}: its config.json is damaged, or its run is not one of this script: "
-            f"{config.get('method', 'another one')} made it ({error})"
-        ) from None
+        ours, theirs = pathlib.Path(sys.modules[args_type.__module__].__file__).stem, config.get("method")
+        other = theirs and theirs != ours
+        fault = f"it is a run of {theirs}, and this is {ours}" if other else "its config.json is damaged"
+        raise UsageError(f"--resume {folder}: {fault} ({error})") from None
     ours, theirs = _flat(named), _flat(dataclasses.asdict(saved))
     differing = [k for k in ours if ours[k] != theirs.get(k) and k != "resume"]
     if differing:

@@ -1,10 +1,9 @@
 """Metrics sent to TensorBoard or Weights & Biases as well."""
 
 import csv
-import importlib.util
+import importlib
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +28,13 @@ def open_tracker(args: Any, folder: pathlib.Path, labels: list[RunLabel], task: 
 
 def check_tracker(track: str) -> None:
     """Raises UsageError if the package of the tracker is not installed."""
-    package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(track)
-    if package and package not in sys.modules and not importlib.util.find_spec(package):
-        raise UsageError(f"--track {track}: {package} is not installed; pip install '.[tracking]'")
+    try:
+        if track != "none":
+            importlib.import_module({"tensorboard": "tensorboardX"}.get(track, track))
+    except ImportError as error:
+        raise UsageError(
+            f"--track {track}: {error.name} is not installed; pip install '.[tracking]'"
+        ) from None
 
 
 def _tensorboard(folder: pathlib.Path, labels: list[RunLabel]) -> Tracker:

@@ -122,8 +122,11 @@ def record(args: Args, actor: dict) -> None:
 def make(args: Args, run: str, actor: dict, critic: dict) -> None:
     """Makes the run `run`, unless it is there: one gradient step that moves nothing, and the evaluation."""
     where = tables.Args("off2onrl", "halfcheetah-official", runs_dir=args.runs_dir, seeds=args.seeds)
-    if tables.folder_of(where, run).exists():
+    folder = tables.folder_of(where, run)
+    if (folder / "result.json").exists():
         return
+    if folder.exists():
+        raise SystemExit(f"error: {folder} was not finished; delete it first")
     own_init = off2onrl.init_agent
 
     def init_agent(static, key):

@@ -100,7 +100,9 @@ def carry_out(args: Args, run: str) -> None:
     if (folder / "result.json").exists():
         return
     if maker := MADE_BY.get((args.comparison, args.task, run)):
-        raise SystemExit(f"error: {name_of(args, run)} is not there; first python {maker}")
+        raise SystemExit(
+            f"error: {name_of(args, run)} is not there; first python {maker} --runs-dir {args.runs_dir} --seeds {args.seeds}"
+        )
     for source in sources(args.comparison, run):
         carry_out(args, source)
     words = command(args, run)
