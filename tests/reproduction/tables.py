@@ -100,9 +100,8 @@ def carry_out(args: Args, run: str) -> None:
     if (folder / "result.json").exists():
         return
     if maker := MADE_BY.get((args.comparison, args.task, run)):
-        raise SystemExit(
-            f"error: {name_of(args, run)} is not there; first python {maker} --runs-dir {args.runs_dir} --seeds {args.seeds}"
-        )
+        maker = f"python {maker} --runs-dir {args.runs_dir} --seeds {args.seeds}"
+        raise SystemExit(f"error: {name_of(args, run)} is not there; make it first: {maker}")
     for source in sources(args.comparison, run):
         carry_out(args, source)
     words = command(args, run)
