@@ -4,6 +4,7 @@ datasets.
 
 import os
 import pathlib
+import sys
 from importlib.metadata import version
 
 import hypothesis
@@ -31,6 +32,19 @@ def minari_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         yield
+
+
+@pytest.fixture
+def working_directory(tmp_path, monkeypatch):
+    """An empty working directory, for modules of a user's own; what comes from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("ooo_rl.envs._REGISTERED", {})
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest may run without xdist

@@ -3,7 +3,6 @@
 import ast
 import functools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -155,23 +154,16 @@ half = lambda: type("Half", (), {{"reset": None, "horizon": 3}})()
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Writes modules into the working directory, which is empty before; returns the function that does."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(envs, "_REGISTERED", {})
-    before = set(sys.modules)
+def own(working_directory):
+    """Writes modules into the working directory."""
 
     def write(name, physics=False):
         changes = (", physics='none'", ", self.physics", ", physics") if physics else ("", "", "")
-        path = (tmp_path / name.replace(".", "/")).with_suffix(".py")
+        path = (working_directory / name.replace(".", "/")).with_suffix(".py")
         path.parent.mkdir(exist_ok=True)
         path.write_text(OWN.format(**dict(zip(("more", "also", "more_values"), changes))))
 
-    yield write
-    for name in set(sys.modules) - before:
-        if name.startswith("own_"):
-            del sys.modules[name]
+    return write
 
 
 def test_an_environment_from_a_module_in_the_working_directory(own):

@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "reproduction"))
 import official_agents
+import tables
 
 from ooo_rl.algos import off2onrl
 from ooo_rl.data import policy
@@ -90,10 +91,8 @@ def test_a_pickle_that_would_call_something_else_is_refused(tmp_path):
 
 def test_the_networks_compute_what_theirs_do(monkeypatch, tmp_path):
     """Theirs are x W^T + b with ReLU between; a policy has heads of its own for mean and log deviation."""
-    rng, sizes = (
-        np.random.default_rng(0),
-        {"fc0": (8, 17), "fc1": (8, 8), "last_fc": (6, 8), "last_fc_log_std": (6, 8)},
-    )
+    rng = np.random.default_rng(0)
+    sizes = {"fc0": (8, 17), "fc1": (8, 8), "last_fc": (6, 8), "last_fc_log_std": (6, 8)}
 
     def arrays(path):
         own = np.random.default_rng(zlib.crc32(f"{path.parent.name}/{path.name}".encode()))
@@ -129,3 +128,19 @@ def test_the_networks_compute_what_theirs_do(monkeypatch, tmp_path):
         mlp(of, obs, "last_fc") + np.exp(np.clip(mlp(of, obs, "last_fc_log_std"), -20, 2)) * noise
     )
     np.testing.assert_allclose(policy.forward(saved[0], obs, noise, jnp), wanted, atol=1e-5)
+
+
+def test_a_run_that_was_not_finished_is_not_taken_for_one_that_was(tmp_path):
+    args = official_agents.Args(tmp_path, tmp_path)
+    where = tables.Args("off2onrl", "halfcheetah-official", runs_dir=tmp_path)
+    with pytest.raises(
+        SystemExit, match="off2onrl-halfcheetah-official-pre is not there; make it first: python tests/"
+    ):
+        tables.carry_out(where, "off2onrl")
+    folder = tables.folder_of(where, "pre")
+    folder.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="was not finished; delete it first"):
+        official_agents.make(args, "pre", {}, {})
+    (folder / "result.json").touch()
+    official_agents.make(args, "pre", {}, {})
+    tables.carry_out(where, "pre")

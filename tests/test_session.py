@@ -422,6 +422,16 @@ def test_ctrl_c_that_was_swallowed_ends_the_run_before_its_first_chunk(monkeypat
     assert reached and end.value.code == 130 and capsys.readouterr().err == "stopped: interrupted\n"
 
 
+def test_an_ignored_ctrl_c_stays_ignored():
+    """So a shell starts what stands before `&` in a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        errors.guarded(lambda: None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_while_the_report_is_written_says_how_to_go_on(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

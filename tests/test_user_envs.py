@@ -40,22 +40,15 @@ class Ball(envs.Env):
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes a module into the working directory, which is empty before."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(envs, "_REGISTERED", {})
-    before = set(sys.modules)
+def write(working_directory):
+    """Writes a module into the working directory."""
 
     def write(text, file="own.py"):
-        path = tmp_path / file
+        path = working_directory / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    yield write
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
-            del sys.modules[name]
+    return write
 
 
 def refusal(name, **settings):
