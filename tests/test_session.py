@@ -403,6 +403,19 @@ def test_a_run_whose_every_step_breaks_is_stopped(capsys):
     assert after(129, 64, [64.0, 64.0, 0.0])[1] == [1]  # 1 + 64 + 64 steps
 
 
+def test_rewards_that_are_not_finite_end_a_run(tmp_path, monkeypatch):
+    class Unpaid(Push):
+        def advance(self, inner, action):
+            return inner, jnp.nan * action[0], jnp.bool_(False), jnp.bool_(False)
+
+    monkeypatch.setitem(envs._REGISTERED, "unpaid", Unpaid)
+    args = {**SMALL, "env": "unpaid", "offline_steps": 0, "dataset": "none", "num_seeds": 1}
+    with pytest.raises(
+        UsageError, match=r"every seed broke, .* steps reward, state or action was not finite"
+    ):
+        iql.train(iql.Args(**args, runs_dir=str(tmp_path)))
+
+
 def test_ctrl_c_that_was_swallowed_ends_the_run_before_its_first_chunk(monkeypatch, capsys):
     """Python prints an exception of JAX's callback in its garbage collector, and goes on."""
     monkeypatch.setattr(errors, "interruptions", [])
