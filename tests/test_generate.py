@@ -159,12 +159,16 @@ def test_relabelling_and_cutting():
     whole = write.episode(
         np.c_[np.arange(5.0), np.zeros(5)], np.array([5.0, 0]), np.zeros((5, 1)), np.zeros(5), np.zeros(5)
     )
-    parts = antmaze.relabelled(whole, np.array([3.0, 0]), 0.5)
-    assert [len(p["rewards"]) for p in parts] == [3, 2]
-    assert [p["rewards"].tolist() for p in parts] == [[0, 0, 1], [0, 0]]
-    assert parts[0]["terminations"].tolist() == [False, False, True]
-    assert parts[1]["truncations"].tolist() == [False, True]
-    np.testing.assert_array_equal(parts[1]["observations"][:, 0], [3, 4, 5])
+    walk = antmaze.relabelled(whole, np.array([3.0, 0]), 0.5)
+    assert walk["rewards"].tolist() == [0, 0, 1, 0, 0]
+    assert walk["terminations"].tolist() == [False, False, True, False, False]
+    assert walk["truncations"].tolist() == [False, False, False, False, True]
+    np.testing.assert_array_equal(walk["observations"], whole["observations"])
+    arrives = antmaze.relabelled(whole, np.array([5.0, 0]), 0.5)
+    assert arrives["terminations"].tolist() == 4 * [False] + [True] and not arrives["truncations"].any()
+    part = write.piece(walk, 1, 4)
+    assert part["terminations"].tolist() == [False, True, False]
+    assert part["truncations"].tolist() == [False, False, True]
     left = write.without([whole], (((2.0, 0.0), 0.4),))
     assert [p["observations"][:, 0].tolist() for p in left] == [[0, 1, 2], [3, 4, 5]]
     short = write.cut_to([whole, whole], 7)

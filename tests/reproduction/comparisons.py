@@ -278,6 +278,17 @@ BUDGETS["ooo", "maze2d-large-missing-data-steps"] = {
     "HALVES": "--retrain-at 256000 500000",
     **dict.fromkeys(("CQL", "RLPD", "TD3"), "--critic-hidden 64 64"),
 }
+for task, like, env in (
+    ("halfcheetah-medium-long", "halfcheetah-medium", "halfcheetah"),
+    ("antmaze-umaze-long", "antmaze-umaze-diverse", "antmaze-umaze"),
+):
+    BUDGETS["gde", task] = {
+        **BUDGETS["gde", like],
+        "ENV": env,
+        "ALL": "--num-envs 1 --eval-every 25000 --eval-episodes 20 --checkpoint-every 25000",
+        "OFFLINE": "--offline-steps 200000",
+        "ONLINE": "--online-steps 250000",
+    }
 # The paper's own 250,000 steps online, after five times the steps offline: do the verdicts on Off2OnRL come from
 # its small budget?
 BUDGETS["off2onrl", "halfcheetah-medium-long"] = {
