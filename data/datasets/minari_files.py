@@ -148,16 +148,18 @@ def _episode(group: Any, where: str) -> dict:
     """The arrays of one episode; observations may be dictionaries of arrays."""
     if not isinstance(group, h5py.Group):
         raise DatasetError(f"{where} is no group of arrays")
-    for field in ("observations", *FIELDS):
-        if group.get(field) is None:
+    # Each is looked up once: there may be a hundred thousand episodes.
+    nodes = {field: group.get(field) for field in ("observations", *FIELDS)}
+    for field, node in nodes.items():
+        if node is None:
             raise DatasetError(f"{where} has no {field!r}; found {keys.shown(group) or 'nothing'}")
-    if isinstance(group["actions"], h5py.Group):
+    if isinstance(nodes["actions"], h5py.Group):
         raise DatasetError(
-            f"{where} has dictionaries of {keys.shown(group['actions'])} as actions; these methods need "
+            f"{where} has dictionaries of {keys.shown(nodes['actions'])} as actions; these methods need "
             "continuous actions, each one vector of numbers (a Box)"
         )
-    fields = {field: files.numbers(group[field], f"{where}/{field}") for field in FIELDS}
-    return {"observations": _tree(group["observations"], f"{where}/observations"), **fields}
+    fields = {field: files.numbers(nodes[field], f"{where}/{field}") for field in FIELDS}
+    return {"observations": _tree(nodes["observations"], f"{where}/observations"), **fields}
 
 
 def _tree(node: Any, where: str) -> Any:
