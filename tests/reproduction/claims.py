@@ -32,8 +32,10 @@ WALL, MAZE = "point-mass-wall", "maze2d-large-missing-data"
 MAZE_STEPS, MAZE_FULL = f"{MAZE}-steps", f"{MAZE}-full"
 KITCHEN, MIXED = "kitchen-complete", "kitchen-mixed"
 CHEETAH, HOPPER, SCORE = "halfcheetah-medium", "hopper-medium", "normalized_score"
+SPARSE = "halfcheetah-sparse"
 CHEETAH_LONG, WALKER = f"{CHEETAH}-long", "walker2d-medium"
-CLOSER = {CHEETAH_LONG: SCORE, "halfcheetah-official": SCORE}  # to what Off2OnRL's paper did
+LONG = {CHEETAH_LONG: SCORE}  # a larger share of the paper's budget
+CLOSER = {**LONG, "halfcheetah-official": SCORE}  # to what Off2OnRL's paper did
 BODIES = {CHEETAH: SCORE, HOPPER: SCORE}
 ALL_BODIES = {**BODIES, WALKER: SCORE}
 BODIES_AND_WALL = {**ALL_BODIES, WALL: "return"}
@@ -58,8 +60,13 @@ CLAIMS = [  # most worth per hour first
     *on_all("iql-fine-tunes", {KITCHEN: "solved", MIXED: "solved"},
             "OOO, Table 1", "IQL is better after fine-tuning than before", "ooo",
             ("iql", "online"), ("iql", "offline")),
-    *on_all("ooo-rlpd", {WALL: "return", MAZE: "return"},
+    *on_all("ooo-rlpd", {WALL: "return", MAZE: "return", SPARSE: "return"},
             "OOO, Table 3", "OOO(RLPD) ends above RLPD", "ooo", ("ooo_rlpd", "retrained"), ("rlpd", "online")),
+    *on_all("ooo-rlpd-bonus", {SPARSE: "return"},
+            "OOO, Table 3", "OOO(RLPD) ends above RLPD + RND",
+            "ooo", ("ooo_rlpd", "retrained"), ("ooo_rlpd", "online")),
+    *on_all("rlpd-bonus", {SPARSE: "return"},
+            "OOO, Table 3", "RLPD + RND ends above RLPD", "ooo", ("ooo_rlpd", "online"), ("rlpd", "online")),
     *on_all("ooo-cal-ql", {WALL: "return", MAZE: "return"},
             "OOO, Table 2", "OOO(Cal-QL) ends above Cal-QL", "ooo", ("ooo_cal_ql", "retrained"), ("cal_ql", "online")),
     *on_all("ooo-pex", {WALL: "return", MAZE: "return"},
@@ -77,13 +84,14 @@ CLAIMS = [  # most worth per hour first
         "iql": "GDE ends above IQL", "sac": "GDE ends above SAC from scratch", "awac": "GDE ends above AWAC",
         "jsrl": "GDE ends above JSRL", "pex": "GDE ends above PEX",
     }.items() for claim in on_all(
-        f"gde-{run}", BODIES_AND_WALL, "GDE, Table 2", says, "gde", ("gde", "online"), (run, "online"))],
-    *on_all("gde-pre", BODIES_AND_WALL,
+        f"gde-{run}", {**BODIES_AND_WALL, **(LONG if run in ("iql", "sac", "pex") else {})},
+        "GDE, Table 2", says, "gde", ("gde", "online"), (run, "online"))],
+    *on_all("gde-pre", {**BODIES_AND_WALL, **LONG},
             "GDE, Table 2", "GDE is better after fine-tuning than before",
             "gde", ("gde", "online"), ("pre", "offline")),
     *on_all("gde-qdagger", {CHEETAH: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 2", "GDE ends above QDagger", "gde", ("gde", "online"), ("qdagger", "online")),
-    *on_all("gde-re-iql", {CHEETAH: SCORE, WALKER: SCORE},
+    *on_all("gde-re-iql", {CHEETAH: SCORE, **LONG, WALKER: SCORE},
             "GDE, Table 1", "ReIQL ends above OnIQL", "gde", ("re_iql", "online"), ("on_iql", "online")),
     *on_all("gde-on-iql", {HOPPER: SCORE},
             "GDE, Table 1", "OnIQL ends above ReIQL", "gde", ("on_iql", "online"), ("re_iql", "online")),
@@ -95,13 +103,13 @@ CLAIMS = [  # most worth per hour first
     *on_all("gde-no-explorer", {CHEETAH: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 4", "GDE ends above GDE without explorer",
             "gde", ("gde", "online"), ("gde_no_explorer", "online")),
-    *on_all("gde-alone", {CHEETAH: SCORE},
+    *on_all("gde-alone", {CHEETAH: SCORE, **LONG},
             "GDE, Table 4", "GDE without exploiter ends above GDE",
             "gde", ("gde_no_exploiter", "online"), ("gde", "online")),
     *on_all("gde-no-exploiter", {HOPPER: SCORE, WALKER: SCORE, WALL: "return"},
             "GDE, Table 4", "GDE ends above GDE without exploiter",
             "gde", ("gde", "online"), ("gde_no_exploiter", "online")),
-    *on_all("gde-no-teacher", {CHEETAH: SCORE},
+    *on_all("gde-no-teacher", {CHEETAH: SCORE, **LONG},
             "GDE, Table 4", "GDE without teacher ends above GDE",
             "gde", ("gde_no_teacher", "online"), ("gde", "online")),
     *on_all("gde-teacher", {WALKER: SCORE, WALL: "return"},

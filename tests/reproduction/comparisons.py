@@ -4,7 +4,7 @@ A comparison is a set of runs. Each run is one command of a script of algos/. Bu
 alike within a family of methods, so that nothing but the method differs. Words in capitals stand for other
 words: in a run's flags those of its task's budget, `FROM_<run>` for the flag that starts from the agents of
 that run, and `AFTER_<run>` for this and no offline phase. A task that is not the name of an environment names
-it in its budget, as `ENV`.
+it in its budget, as `ENV`. Where a budget lacks a word, the task has no run that needs it.
 """
 
 from dataclasses import dataclass, field
@@ -237,6 +237,12 @@ BUDGETS = {  # (comparison, task) -> what the words in capitals stand for; ALL i
         "CQL": "--hidden 64 64 --critic-hidden 64 64 --num-samples 4 --offline-steps 12000 --online-steps 19200 "
                "--utd-ratio 0.25",
     } for task in ("complete", "mixed")},
+    # a task without data
+    ("ooo", "halfcheetah-sparse"): {
+        "ALL": "--num-envs 32 --hidden 64 64 --eval-every 50000 --eval-episodes 10",
+        "RLPD": "--critic-hidden 64 64 --online-steps 400000 --utd-ratio 0.125 --policy-every 2",
+        "RLPD_RETRAIN": "--retrain-steps 25000 --rnd-units 64",
+    },
     ("gde", "point-mass-wall"): {
         "ALL": "--num-envs 48", "DATA": "--dataset own",
         **dict.fromkeys(("NETS", "CRITICS", "OFFLINE", "ONLINE", "TRIALS", "OFTEN", "AWAC", "PRIOR", "PEX", "CQL",
@@ -323,6 +329,14 @@ def words_of(comparison: str, task: str, run: str, folder_of) -> list[str]:
         else:
             words += stand_for.get(word, word).split()
     return words
+
+
+def runs_of(comparison: str, task: str) -> list[str]:
+    """The runs that a task has: those for whose words in capitals its budget has something."""
+    return [
+        run for run in COMPARISONS[comparison]
+        if not any(word.isupper() and word[0] != "-" for word in words_of(comparison, task, run, str))
+    ]  # fmt: skip
 
 
 def sources(comparison: str, run: str) -> list[str]:

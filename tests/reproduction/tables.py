@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import tyro
-from comparisons import BUDGETS, COMPARISONS, MADE_BY, Run, sources, words_of
+from comparisons import BUDGETS, COMPARISONS, MADE_BY, Run, runs_of, sources, words_of
 
 from ooo_rl.data.figures import aggregates
 from ooo_rl.data.figures import curves as drawn
@@ -38,7 +38,7 @@ class Args:
     """task, one that has BUDGETS"""
     methods: tuple[str, ...] = ()
     """which runs, or scripts of algos/ that have no run here: with their settings for the task; by default
-    all runs of the comparison"""
+    all runs that have a budget for the task"""
     seeds: int = 3
     """seeds of each"""
     runs_dir: pathlib.Path = pathlib.Path("runs")
@@ -191,14 +191,15 @@ def main() -> None:
     args = tyro.cli(Args)
     if args.comparison not in COMPARISONS:
         raise SystemExit(f"error: --comparison {args.comparison} is not one of {', '.join(COMPARISONS)}")
-    runs = COMPARISONS[args.comparison]
     tasks = [task for comparison, task in BUDGETS if comparison == args.comparison]
     if args.task not in tasks:
         raise SystemExit(f"error: --task {args.task} is not one of {', '.join(tasks)}")
+    runs = runs_of(args.comparison, args.task)
     scripts = {path.stem for path in (REPO / "algos").glob("*.py")} - {"__init__"}
-    if unknown := set(args.methods) - runs.keys() - scripts:
+    if unknown := set(args.methods) - set(runs) - (scripts - COMPARISONS[args.comparison].keys()):
         raise SystemExit(
-            f"error: --methods {min(unknown)} is neither one of {', '.join(runs)} nor a script of algos/"
+            f"error: --methods {min(unknown)} is neither one of {', '.join(runs)}, which have a budget for "
+            f"{args.task}, nor a script of algos/ that is no run of this comparison"
         )
     args = replace(args, methods=args.methods or tuple(runs))
     for run in () if args.only_table else args.methods:
