@@ -108,6 +108,21 @@ def test_each_run_is_a_command_that_its_script_takes(comparison, task):
         assert set(sources(comparison, run)) <= COMPARISONS[comparison].keys()
 
 
+def test_a_run_without_a_budget_is_refused_and_the_default_is_those_with_one(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tables, "carry_out", lambda args, run: made.append(run))
+    words = ["tables.py", "--task", "halfcheetah-sparse", "--out", str(tmp_path), "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "rlpd", "iql"])
+    with pytest.raises(SystemExit, match="iql is neither one of rlpd, ooo_rlpd, which have a budget"):
+        tables.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "awac"])  # no run of OOO's comparison
+    tables.main()
+    assert made == ["awac"]
+    monkeypatch.setattr(sys, "argv", words)
+    tables.main()
+    assert made == ["awac", "rlpd", "ooo_rlpd"]
+
+
 def test_a_run_is_carried_out_after_those_that_it_starts_from(tmp_path, monkeypatch):
     made = []
 

@@ -10,6 +10,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import minari
 import numpy as np
 import pytest
 
@@ -150,6 +151,9 @@ def test_antmaze_rewards_one_goal_of_the_evaluation(root):
     assert len(rows.reward) == 2000 and rows.obs.shape[1] == 29
     np.testing.assert_array_equal(rows.reward, 1 - rows.discount)
     assert np.abs(rows.obs[0, :2]).max() <= 0.1  # the start
+    assert data.episode[-1] + 1 == rows.reward.sum() + data.truncation.sum()  # each row at the goal ends one
+    on_disk = minari.load_dataset("ooo/antmaze-umaze/noisy-v0")
+    assert on_disk.total_episodes == 2, "a walk of 1,000 steps is one piece"
     assert rows.reward.sum() > 3, "the walker never got to the goal"
     centre = env.centre(env.cells("G")[0])
     assert (np.abs(rows.next_obs[rows.reward == 1][:, :2] - (centre + 0.75)) < 0.75 + 0.5).all()

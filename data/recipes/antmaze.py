@@ -107,8 +107,8 @@ def relabelled(whole: dict, goal: np.ndarray, radius: float) -> dict:
     """The walk `whole`, rewarded for reaching `goal` [2].
 
     A row that ends within `radius` of the goal has reward 1 and terminates. A reader of the dataset begins
-    another episode after it. On disk the walk stays in one piece, as in D4RL's files. An ant is at the goal
-    hundreds of times in a walk, and Minari takes milliseconds, and 17 kB, for each piece.
+    another episode after it. On disk the walk stays in one piece, as in D4RL's files. In the umaze an ant is
+    at the goal hundreds of times in a walk, and Minari takes milliseconds, and 17 kB, for each piece.
     """
     obs = whole["observations"]
     reached = np.linalg.norm(obs[1:, :2] - goal, axis=1) <= radius

@@ -38,19 +38,19 @@ IN_SHORT = """## In short
 * **OOO.** Retraining from scratch makes a good policy of a poor explorer's rows. On
   `maze2d-large-missing-data` it ends above the explorer, above IQL and above PEX. At the paper's
   own budget it ends far above the explorer, too, but IQL without a bonus then learns this maze
-  by itself, and has the higher mean ([OOO(IQL)](ooo_iql.md#results)).
+  by itself, and ends higher on average ([OOO(IQL)](ooo_iql.md#results)).
 * **GDE.** On halfcheetah it ends below IQL after two fifths of the paper's online steps, and above
-  it after all of them, which begin with better offline policies. There, an explorer without a
-  teacher crashes first and ends highest, as in the paper; on walker2d it crashes and does not come
-  back. On AntMaze GDE ends above IQL. Hopper and walker2d have the smaller budget alone, and GDE is
-  not shown to be above IQL there ([GDE](gde_iql.md#results)).
-* **O3F.** On halfcheetah all policies end in the paper's order, close together. On walker2d
-  the choice among candidates does harm ([O3F](o3f_iql.md#results)).
-* **Off2OnRL.** From short offline training it loses much at first. From the paper's own agents, or
-  after the paper's online steps, it improves on its offline policies in every seed
-  ([Off2OnRL](off2onrl.md#results)).
-* **Small budgets favour caution.** Where a paper is contradicted, what ends higher is mostly a
-  policy that stays near the data: IQL, AWAC or BCQ-ft.
+  it after all of them, which begin with better offline policies. There an explorer without a
+  teacher crashes first and then ends above IQL, too, as in the paper; on walker2d it crashes and
+  does not come back. In the U of AntMaze GDE ends above IQL. Hopper and walker2d have the smaller
+  budget alone, and GDE is not shown to be above IQL there ([GDE](gde_iql.md#results)).
+* **O3F.** On halfcheetah O3F on IQL, noise and the policy's own actions end in the paper's order,
+  close together. On walker2d the choice among candidates does harm ([O3F](o3f_iql.md#results)).
+* **Off2OnRL.** On halfcheetah, from short offline training, it loses much at first. From the
+  paper's own agents, or after the paper's online steps, it improves on its offline policies in
+  every seed ([Off2OnRL](off2onrl.md#results)).
+* **Small budgets favour caution.** Where a paper is contradicted, what ends higher is in about half
+  of the claims a policy that stays near the data: IQL, AWAC or BCQ-ft.
 """
 
 
