@@ -42,8 +42,9 @@ IN_SHORT = """## In short
 * **GDE.** On halfcheetah it ends below IQL after two fifths of the paper's online steps, and above
   it after all of them, which begin with better offline policies. There an explorer without a
   teacher crashes first and then ends above IQL, too, as in the paper; on walker2d it crashes and
-  does not come back. In the U of AntMaze GDE ends above IQL. Hopper and walker2d have the smaller
-  budget alone, and GDE is not shown to be above IQL there ([GDE](gde_iql.md#results)).
+  does not come back. In the U of AntMaze GDE ends above IQL, and without its teacher it loses the
+  goal in every seed. Hopper and walker2d have the smaller budget alone, and GDE is not shown to be
+  above IQL there ([GDE](gde_iql.md#results)).
 * **O3F.** On halfcheetah O3F on IQL, noise and the policy's own actions end in the paper's order,
   close together. On walker2d the choice among candidates does harm ([O3F](o3f_iql.md#results)).
 * **Off2OnRL.** On halfcheetah, from short offline training, it loses much at first. From the
